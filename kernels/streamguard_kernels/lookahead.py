@@ -1,0 +1,352 @@
+"""The look-ahead mask: which vocabulary tokens would complete a match from a slot's state.
+
+In the order of their mapped bytes the tokens that begin with a given string are one range. A token
+completes a match from state s in one of two ways: it contains a whole pattern (a static list, the
+same for every state), or it begins with the rest v of a pattern u·v whose first part u the text ends
+with. All such u lie on the failure path of s, so each state keeps only the ranges of its *own* u and
+a link to the next state on the path that has any: about 10 bytes a state, and exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from streamguard_kernels.advance import (
+    HIT_BIT,
+    LAST,
+    STATE_MASK,
+    UNSEEN,
+    feed_end,
+    feed_token,
+)
+from streamguard_kernels.utf8 import MAX_MAPPED_BYTES, REPLACEMENT, map_character
+
+
+class Ranges(NamedTuple):
+    """Look-ahead of one group of rules over all tracks; frozen.
+
+    own_offsets     int64[num_states + num_tracks]  per automaton num_states + 1 entries
+    own_base        int64[num_tracks]               the track's first entry in `own_offsets`
+    own             int32[num_ranges, 2]            (first, last + 1) into the track's token order
+    link            int32[num_states]               next state on the failure path with ranges, 0 none
+    state_base      int64[num_tracks]               the track's first entry in `link`
+    order           int32[num_mappings, num_tokens] tokens by mapped bytes; -1 after order_length
+    order_length    int64[num_mappings]
+    whole_span      int64[num_tracks, 2]            the track's stretch of `whole`
+    whole           int32[num_whole]                tokens that contain a whole pattern of the track
+    continuation    int32[num_continuation]         tokens that begin inside a character
+    continues       uint8[num_tokens]               the same as flags
+    visible         int32[num_special]              special tokens; not in `order`, walked one by one
+    group           int64[1]                        the group's bit
+    """
+
+    own_offsets: np.ndarray
+    own_base: np.ndarray
+    own: np.ndarray
+    link: np.ndarray
+    state_base: np.ndarray
+    order: np.ndarray
+    order_length: np.ndarray
+    whole_span: np.ndarray
+    whole: np.ndarray
+    continuation: np.ndarray
+    continues: np.ndarray
+    visible: np.ndarray
+    group: np.ndarray
+
+
+@njit(cache=True, nogil=True)
+def _compare(data, begin, end, other, first, last):
+    """-1, 0, 1: data[begin:end] before, a prefix-or-equal match of, or after other[first:last].
+
+    0 means that other[first:last] begins with data[begin:end].
+    """
+    n = end - begin
+    m = last - first
+    for i in range(min(n, m)):
+        a, b = data[begin + i], other[first + i]
+        if a != b:
+            return -1 if a < b else 1
+    return 0 if n <= m else 1
+
+
+@njit(cache=True, nogil=True)
+def token_order(offsets, data, skip):
+    """Sort tokens by their bytes; tokens without bytes and those in `skip` are left out.
+
+    offsets int64[num_tokens + 1], data uint8[], skip uint8[num_tokens]. Returns int32[num_sorted].
+    """
+    n = 0
+    for token in range(skip.shape[0]):
+        if not skip[token] and offsets[token + 1] > offsets[token]:
+            n += 1
+    order = np.empty(n, np.int32)
+    n = 0
+    for token in range(skip.shape[0]):
+        if not skip[token] and offsets[token + 1] > offsets[token]:
+            order[n] = token
+            n += 1
+    scratch = np.empty(n, np.int32)
+    width = 1
+    while width < n:
+        for low in range(0, n, 2 * width):
+            middle, high = min(low + width, n), min(low + 2 * width, n)
+            i, j = low, middle
+            for k in range(low, high):
+                take_left = j >= high
+                if not take_left and i < middle:
+                    a, b = order[i], order[j]
+                    # "a is not after b" as whole strings: prefix first
+                    la, lb = offsets[a + 1] - offsets[a], offsets[b + 1] - offsets[b]
+                    m = min(la, lb)
+                    c = 0
+                    for x in range(m):
+                        u, v = data[offsets[a] + x], data[offsets[b] + x]
+                        if u != v:
+                            c = -1 if u < v else 1
+                            break
+                    take_left = c < 0 or (c == 0 and la <= lb)
+                elif i >= middle:
+                    take_left = False
+                if take_left:
+                    scratch[k] = order[i]
+                    i += 1
+                else:
+                    scratch[k] = order[j]
+                    j += 1
+        order, scratch = scratch, order
+        width *= 2
+    return order
+
+
+@njit(cache=True, nogil=True)
+def build_own_ranges(
+    pattern_data, pattern_offsets, wanted, trans, base, num_classes, num_states, class_of,
+    failure, order, offsets, data,
+):
+    """Ranges of every state's own pattern rests.
+
+    pattern_data, pattern_offsets  the track's mapped patterns; wanted uint8[num_patterns] picks the
+    group. order, offsets, data    the track's token order and mapped token bytes.
+    Returns own_offsets int64[num_states + 1], own int32[num_ranges, 2], link int32[num_states].
+    """
+    longest = 0
+    for k in range(order.shape[0]):
+        longest = max(longest, offsets[order[k] + 1] - offsets[order[k]])
+    capacity = 1024
+    keys = np.empty(capacity, np.int64)
+    ends = np.empty(capacity, np.int64)
+    count = 0
+    for p in range(pattern_offsets.shape[0] - 1):
+        if not wanted[p]:
+            continue
+        begin, end = pattern_offsets[p], pattern_offsets[p + 1]
+        state = np.int64(base)
+        for i in range(begin, end - 1):
+            state = np.int64(trans[state + class_of[pattern_data[i]]]) & STATE_MASK
+            if end - i - 1 > longest:
+                continue
+            low, high = 0, order.shape[0]
+            while low < high:
+                middle = (low + high) // 2
+                token = order[middle]
+                if _compare(
+                    pattern_data, i + 1, end, data, offsets[token], offsets[token + 1]
+                ) > 0:
+                    low = middle + 1
+                else:
+                    high = middle
+            first = low
+            high = order.shape[0]
+            while low < high:
+                middle = (low + high) // 2
+                token = order[middle]
+                if _compare(
+                    pattern_data, i + 1, end, data, offsets[token], offsets[token + 1]
+                ) >= 0:
+                    low = middle + 1
+                else:
+                    high = middle
+            if low == first:
+                continue
+            if count == capacity:
+                capacity *= 2
+                more_keys, more_ends = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
+                more_keys[:count], more_ends[:count] = keys[:count], ends[:count]
+                keys, ends = more_keys, more_ends
+            keys[count] = (((state - base) // num_classes) << 32) | first
+            ends[count] = low
+            count += 1
+    by_key = np.argsort(keys[:count])
+    own = np.empty((count, 2), np.int32)
+    own_offsets = np.zeros(num_states + 1, np.int64)
+    used = 0
+    last_state = np.int64(-1)
+    for k in by_key:
+        state = keys[k] >> 32
+        first = keys[k] & 0xFFFFFFFF
+        if state == last_state and first <= own[used - 1, 1]:
+            own[used - 1, 1] = max(own[used - 1, 1], ends[k])
+            continue
+        own[used, 0], own[used, 1] = first, ends[k]
+        used += 1
+        own_offsets[state + 1] += 1
+        last_state = state
+    for s in range(num_states):
+        own_offsets[s + 1] += own_offsets[s]
+    link = np.zeros(num_states, np.int32)
+    for s in range(1, num_states):
+        f = failure[s]
+        link[s] = f if f and own_offsets[f + 1] > own_offsets[f] else link[f]
+    return own_offsets, own[:used].copy(), link
+
+
+@njit(cache=True, nogil=True)
+def tokens_with_whole_patterns(
+    trans, base, num_classes, class_of, groups, first_state, group, order, offsets, data
+):
+    """Tokens of `order` that complete a match of `group` from the empty text: int32[num_whole]."""
+    out = np.empty(order.shape[0], np.int32)
+    n = 0
+    for k in range(order.shape[0]):
+        state = np.int64(base)
+        token = order[k]
+        for i in range(offsets[token], offsets[token + 1]):
+            entry = np.int64(trans[state + class_of[data[i]]])
+            state = entry & STATE_MASK
+            if entry & HIT_BIT and groups[first_state + (state - base) // num_classes] & group:
+                out[n] = token
+                n += 1
+                break
+    return out[:n].copy()
+
+
+@njit(cache=True, nogil=True)
+def walk_completes(t, lo, hi, states, pending, token, ends, group, scratch, buffer, events, counter):
+    """Exact and slow: walk `token` from `states`, look at every rule that completes.
+
+    ends = UNSEEN | LAST bits. scratch int64[hi - lo]; events int64[capacity, 2], counter int64[1].
+    """
+    for i in range(hi - lo):
+        scratch[i] = states[i]
+    counter[0] = 0
+    if (ends & UNSEEN) == 0:
+        pending, _ = feed_token(t, lo, hi, scratch, pending, token, buffer, -1, 0, events, counter)
+    if ends & LAST:
+        feed_end(t, lo, hi, scratch, pending, buffer, -1, 0, events, counter)
+    for e in range(min(counter[0], events.shape[0])):
+        if group[events[e, 1]]:
+            return True
+    return counter[0] > events.shape[0]
+
+
+@njit(cache=True, nogil=True)
+def mark_forbidden(
+    t, r, p, states, pending, hidden, end_tokens, end_ends, last, rule_in_group, forbidden
+):
+    """Set forbidden[token] = 1 for each token that would complete a match of the group.
+
+    p           the slot's policy; states int64[max_tracks]; pending int64; hidden 0/1.
+    end_tokens  int64[num_ends]: tokens that end the text; end_ends uint8[num_ends] as `ends`.
+    last        1 = whatever token comes next is the last of the text: each one is walked.
+    rule_in_group uint8[num_rules]. forbidden uint8[num_tokens], in/out.
+    """
+    lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
+    buffer = np.empty(MAX_MAPPED_BYTES, np.uint8)
+    scratch = np.empty(hi - lo, np.int64)
+    events = np.empty((64, 2), np.int64)
+    counter = np.zeros(1, np.int64)
+    num_tokens = t.token_special.shape[0]
+    if last:
+        for token in range(num_tokens):
+            ends = (UNSEEN | LAST) if (hidden and t.token_special[token]) else LAST
+            if walk_completes(
+                t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, events,
+                counter,
+            ):
+                forbidden[token] = 1
+    else:
+        for track in range(lo, hi):
+            mapping = t.track_mapping[track]
+            state = states[track - lo]
+            if pending != 0 and t.mapping_form[mapping] >= 0:
+                # Tokens that do not go on with the unfinished character break it first.
+                n = map_character(
+                    REPLACEMENT, t.mapping_wrap[mapping], t.page_of[t.mapping_form[mapping]],
+                    t.entries, t.map_offsets, t.map_data, buffer,
+                )
+                completed = False
+                for i in range(n):
+                    entry = np.int64(t.trans[state + t.class_of[track, buffer[i]]])
+                    state = entry & STATE_MASK
+                    if entry & HIT_BIT:
+                        index = (state - t.track_base[track]) // t.track_classes[track]
+                        if t.groups[t.track_states[track] + index] & r.group[0]:
+                            completed = True
+                if completed:
+                    for token in range(num_tokens):
+                        if t.raw_offsets[token + 1] > t.raw_offsets[token] and not (
+                            t.token_special[token]
+                        ):
+                            forbidden[token] = 1
+            base = r.state_base[track]
+            index = (state - t.track_base[track]) // t.track_classes[track]
+            while index:
+                at = r.own_base[track] + index
+                for k in range(r.own_offsets[at], r.own_offsets[at + 1]):
+                    for i in range(r.own[k, 0], r.own[k, 1]):
+                        forbidden[r.order[mapping, i]] = 1
+                index = np.int64(r.link[base + index])
+            for k in range(r.whole_span[track, 0], r.whole_span[track, 1]):
+                forbidden[r.whole[k]] = 1
+        if pending != 0:
+            for k in range(r.continuation.shape[0]):
+                token = r.continuation[k]
+                forbidden[token] = walk_completes(
+                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, events,
+                    counter,
+                )
+        for k in range(r.visible.shape[0]):
+            token = r.visible[k]
+            forbidden[token] = 0
+            if not hidden:
+                forbidden[token] = walk_completes(
+                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, events,
+                    counter,
+                )
+    for k in range(end_tokens.shape[0]):
+        forbidden[end_tokens[k]] = walk_completes(
+            t, lo, hi, states, pending, end_tokens[k], end_ends[k], rule_in_group, scratch, buffer,
+            events, counter,
+        )
+
+
+@njit(cache=True, nogil=True)
+def apply_ranges(t, r, rows, slots, policy, state, logits):
+    """Write -inf to the masked tokens of each row; the common case of `mark_forbidden`.
+
+    rows, slots  int64[num_rows]; logits float32[num_logits_rows, >= num_tokens], in/out.
+    The caller guarantees for every slot: pending is 0 or all tracks are raw, special tokens are
+    hidden, no token ends a text in a way that matters, and nothing more severe shares the state.
+    """
+    for k in range(rows.shape[0]):
+        slot = slots[k]
+        p = policy[slot]
+        row = logits[rows[k]]
+        for track in range(t.policy_tracks[p], t.policy_tracks[p + 1]):
+            mapping = t.track_mapping[track]
+            base = r.state_base[track]
+            index = (
+                state[slot, track - t.policy_tracks[p]] - t.track_base[track]
+            ) // t.track_classes[track]
+            while index:
+                at = r.own_base[track] + index
+                for j in range(r.own_offsets[at], r.own_offsets[at + 1]):
+                    for i in range(r.own[j, 0], r.own[j, 1]):
+                        row[r.order[mapping, i]] = -np.inf
+                index = np.int64(r.link[base + index])
+            for j in range(r.whole_span[track, 0], r.whole_span[track, 1]):
+                row[r.whole[j]] = -np.inf

@@ -1,0 +1,1 @@
+"""From a policy and a tokenizer to the frozen tables that the kernels walk."""

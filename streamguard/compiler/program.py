@@ -1,0 +1,370 @@
+"""Compile a set of policies against a vocabulary into the frozen tables that every engine walks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from streamguard_kernels.advance import Tables
+from streamguard_kernels.automaton import (
+    build_trie,
+    byte_classes,
+    collect_outputs,
+    fold_failure_links,
+    pack_transitions,
+)
+from streamguard_kernels.lookahead import (
+    Ranges,
+    build_own_ranges,
+    token_order,
+    tokens_with_whole_patterns,
+)
+from streamguard_kernels.utf8 import AFTER_NONWORD, map_tokens
+
+from streamguard.compiler.mapping import Mapping, character_tables
+from streamguard.compiler.vocabulary import Vocabulary
+from streamguard.errors import PolicyError
+from streamguard.policy import SEVERITY, PolicySet, Rule
+
+#: Groups of rules that the look-ahead tells apart (bits of `Tables.groups`).
+MASK, STOP, OBSERVE = 1, 2, 4
+_GROUP = {"halt": STOP, "redirect": STOP, "mask": MASK, "redact": OBSERVE, "observe": OBSERVE}
+#: Most bytes that the transition tables of one policy set may take.
+MAX_TABLE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class CompiledRule:
+    """A rule, where it belongs, and how it ranks (lower = more severe)."""
+
+    policy: str
+    rule: Rule
+    group: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class _Automaton:
+    """One track's own tables, before they are joined."""
+
+    mapping: Mapping
+    pattern_data: np.ndarray
+    pattern_offsets: np.ndarray
+    pattern_rule: np.ndarray
+    class_of: np.ndarray
+    packed: np.ndarray
+    num_states: int
+    num_classes: int
+    failure: np.ndarray
+    first_pattern: np.ndarray
+    next_pattern: np.ndarray
+    suffix_link: np.ndarray
+    best_rule: np.ndarray
+    groups: np.ndarray
+
+
+@dataclass(frozen=True)
+class Program:
+    """What the engines need of a policy set and a vocabulary. Make one with `compile_program`.
+
+    tables      see `Tables`; rules: all policies' rules by global rule index; policies: names by
+                policy index; max_tracks, max_depth: widest policy, longest mapped pattern.
+    """
+
+    tables: Tables
+    rules: tuple[CompiledRule, ...]
+    policies: tuple[str, ...]
+    default_policy: int
+    vocabulary: Vocabulary
+    policy_sha256: str
+    compile_seconds: float
+    max_tracks: int
+    max_depth: int
+    _automata: tuple[_Automaton, ...] = field(repr=False)
+    _track_automaton: tuple[int, ...] = field(repr=False)
+
+    @property
+    def num_states(self) -> int:
+        return len(self.tables.groups)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tables, token bytes included."""
+        return sum(array.nbytes for array in self.tables)
+
+    def policy_rules(self, policy: int) -> tuple[CompiledRule, ...]:
+        """The rules of one policy, most severe first."""
+        name = self.policies[policy]
+        return tuple(sorted((r for r in self.rules if r.policy == name), key=lambda r: r.rank))
+
+    def uses(self, group: int, policy: int | None = None) -> bool:
+        """Whether any rule (of one policy) belongs to the group."""
+        name = None if policy is None else self.policies[policy]
+        return any(r.group & group and name in (None, r.policy) for r in self.rules)
+
+    @cached_property
+    def mask_ranges(self) -> Ranges:
+        """Look-ahead of the mask rules."""
+        return self._ranges(MASK)
+
+    @cached_property
+    def stop_ranges(self) -> Ranges:
+        """Look-ahead of the halt and redirect rules."""
+        return self._ranges(STOP)
+
+    @cached_property
+    def _orders(self) -> list[np.ndarray]:
+        t = self.tables
+        return [
+            token_order(offsets, t.token_data, t.token_special) for offsets in t.token_offsets
+        ]
+
+    def _ranges(self, group: int) -> Ranges:
+        t = self.tables
+        rule_group = np.array([r.group for r in self.rules], np.uint8)
+        num_tokens = len(self.vocabulary)
+        orders = self._orders
+        order = np.full((len(orders), num_tokens), -1, np.int32)
+        for mapping, tokens in enumerate(orders):
+            order[mapping, : len(tokens)] = tokens
+        own_offsets: list[np.ndarray] = []
+        own: list[np.ndarray] = []
+        links: list[np.ndarray] = []
+        whole: list[np.ndarray] = []
+        own_base: list[int] = []
+        state_base: list[int] = []
+        whole_span: list[tuple[int, int]] = []
+        num_own = num_whole = num_states = num_offsets = 0
+        for track, automaton_index in enumerate(self._track_automaton):
+            if t.track_twin[track]:
+                own_base.append(own_base[-1])
+                state_base.append(state_base[-1])
+                whole_span.append(whole_span[-1])
+                continue
+            automaton = self._automata[automaton_index]
+            base = int(t.track_base[track])
+            mapping = int(t.track_mapping[track])
+            tokens, offsets = orders[mapping], t.token_offsets[mapping]
+            wanted = (rule_group[automaton.pattern_rule] & group).astype(np.uint8)
+            track_offsets, track_own, track_link = build_own_ranges(
+                automaton.pattern_data, automaton.pattern_offsets, wanted, t.trans, base,
+                automaton.num_classes, automaton.num_states, automaton.class_of,
+                automaton.failure, tokens, offsets, t.token_data,
+            )  # fmt: skip
+            track_whole = tokens_with_whole_patterns(
+                t.trans, base, automaton.num_classes, automaton.class_of, t.groups,
+                int(t.track_states[track]), group, tokens, offsets, t.token_data,
+            )  # fmt: skip
+            own_base.append(num_offsets)
+            state_base.append(num_states)
+            own_offsets.append(track_offsets + num_own)
+            own.append(track_own)
+            links.append(track_link)
+            whole.append(track_whole)
+            whole_span.append((num_whole, num_whole + len(track_whole)))
+            num_own += len(track_own)
+            num_whole += len(track_whole)
+            num_states += automaton.num_states
+            num_offsets += automaton.num_states + 1
+        continues = np.array(
+            [bool(b) and 0x80 <= b[0] < 0xC0 for b in self.vocabulary.token_bytes], np.uint8
+        )
+        return Ranges(
+            np.concatenate(own_offsets),
+            np.array(own_base, np.int64),
+            np.concatenate(own),
+            np.concatenate(links),
+            np.array(state_base, np.int64),
+            order,
+            np.array([len(tokens) for tokens in orders], np.int64),
+            np.array(whole_span, np.int64).reshape(-1, 2),
+            np.concatenate(whole),
+            np.flatnonzero(continues & ~t.token_special).astype(np.int32),
+            continues,
+            np.flatnonzero(t.token_special).astype(np.int32),
+            np.array([group], np.int64),
+        )
+
+
+def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -> Program:
+    """Build the automata of all policies over one vocabulary (None: to scan text only).
+
+    Raises PolicyError if the tables would exceed MAX_TABLE_BYTES.
+    """
+    started = time.perf_counter()
+    vocabulary = vocabulary or Vocabulary.empty()
+    names = tuple(policies.policies)
+    rules = _rank([(name, rule) for name in names for rule in policies.policies[name].rules])
+    rank = np.array([r.rank for r in rules], np.int32)
+    group = np.array([r.group for r in rules], np.uint8)
+
+    mappings: list[Mapping] = []
+    automata: list[_Automaton] = []
+    tracks: list[tuple[int, bool]] = []  # automaton, twin
+    policy_tracks = [0]
+    num_entries = 0
+    for name in names:
+        mine = [(i, r.rule) for i, r in enumerate(rules) if r.policy == name]
+        for mapping in sorted({Mapping(rule.normalize, rule.boundary) for _, rule in mine}):
+            if mapping not in mappings:
+                mappings.append(mapping)
+            literals = [
+                (i, literal)
+                for i, rule in mine
+                if Mapping(rule.normalize, rule.boundary) == mapping
+                for literal in rule.literals
+            ]
+            automaton = _build(
+                mapping, literals, rank, group, num_entries, policies.policies[name].source
+            )
+            num_entries += automaton.packed.size
+            tracks.append((len(automata), False))
+            if mapping.wrap:
+                tracks.append((len(automata), True))
+            automata.append(automaton)
+        policy_tracks.append(len(tracks))
+
+    tables = _join(vocabulary, mappings, automata, tracks, policy_tracks, rank)
+    return Program(
+        tables,
+        rules,
+        names,
+        names.index(policies.default),
+        vocabulary,
+        policies.sha256,
+        time.perf_counter() - started,
+        int(np.diff(tables.policy_tracks).max()),
+        max(int(np.diff(a.pattern_offsets).max()) for a in automata),
+        tuple(automata),
+        tuple(index for index, _ in tracks),
+    )
+
+
+def _rank(rules: list[tuple[str, Rule]]) -> tuple[CompiledRule, ...]:
+    """Number rules by severity; within one action the earlier rule wins."""
+    by_severity = sorted(
+        range(len(rules)), key=lambda i: (SEVERITY.index(rules[i][1].action), i)
+    )
+    ranks = {index: rank for rank, index in enumerate(by_severity)}
+    return tuple(
+        CompiledRule(name, rule, _GROUP[rule.action], ranks[i])
+        for i, (name, rule) in enumerate(rules)
+    )
+
+
+def _build(
+    mapping: Mapping,
+    literals: list[tuple[int, str]],
+    rank: np.ndarray,
+    group: np.ndarray,
+    base: int,
+    source: str,
+) -> _Automaton:
+    patterns = [mapping.pattern(literal) for _, literal in literals]
+    pattern_rule = np.array([rule for rule, _ in literals], np.int32)
+    data = np.frombuffer(bytearray(b"".join(patterns)), np.uint8)
+    offsets = np.concatenate(
+        [np.zeros(1, np.int64), np.cumsum(np.fromiter(map(len, patterns), np.int64))]
+    )
+    class_of, num_classes = byte_classes(data)
+    max_states = (MAX_TABLE_BYTES // 4 - base) // num_classes
+    goto, end_state = build_trie(data, offsets, class_of, num_classes, max_states)
+    if not len(goto):
+        raise PolicyError(
+            f"{source}: {len(patterns)} patterns of {len(data)} bytes need a transition table above "
+            f"{MAX_TABLE_BYTES >> 20} MiB, the limit of this version. Split the list, drop long "
+            f"patterns, or give fewer distinct characters."
+        )
+    failure = fold_failure_links(goto)
+    first, following, suffix, best, groups = collect_outputs(
+        len(goto), end_state, pattern_rule, rank, group, failure
+    )
+    return _Automaton(
+        mapping, data, offsets, pattern_rule, class_of, pack_transitions(goto, groups, base),
+        len(goto), num_classes, failure, first, following, suffix, best, groups,
+    )  # fmt: skip
+
+
+def _join(
+    vocabulary: Vocabulary,
+    mappings: list[Mapping],
+    automata: list[_Automaton],
+    tracks: list[tuple[int, bool]],
+    policy_tracks: list[int],
+    rank: np.ndarray,
+) -> Tables:
+    forms = tuple(dict.fromkeys(m.normalize for m in mappings if not m.is_identity))
+    characters = character_tables(forms)
+    token_offsets = np.zeros((len(mappings), len(vocabulary) + 1), np.int64)
+    token_data: list[np.ndarray] = []
+    pending = np.zeros(len(vocabulary), np.uint32)
+    used = 0
+    for m, mapping in enumerate(mappings):
+        if mapping.is_identity:
+            data, offsets = vocabulary.data, vocabulary.offsets
+        else:
+            data, offsets, pending = map_tokens(
+                vocabulary.data, vocabulary.offsets, int(mapping.wrap),
+                characters.page_of[forms.index(mapping.normalize)], characters.entries,
+                characters.map_offsets, characters.map_data,
+            )  # fmt: skip
+        token_offsets[m] = offsets + used
+        token_data.append(data)
+        used += len(data)
+
+    bases = np.cumsum([0] + [a.packed.size for a in automata])
+    states = np.cumsum([0] + [a.num_states for a in automata])
+    patterns = np.cumsum([0] + [len(a.pattern_rule) for a in automata])
+
+    def shift(array: np.ndarray, by: int) -> np.ndarray:
+        return np.where(array >= 0, array + by, array).astype(np.int32)
+
+    def per_track(values: list[int] | np.ndarray) -> np.ndarray:
+        return np.array([values[index] for index, _ in tracks], np.int64)
+
+    starts = []
+    for base, automaton in zip(bases, automata, strict=False):
+        mark = automaton.class_of[AFTER_NONWORD]
+        start = int(automaton.packed[mark]) & 0x7FFFFFFF if automaton.mapping.wrap else int(base)
+        starts.append(start)
+    return Tables(
+        trans=np.concatenate([a.packed for a in automata]),
+        class_of=np.stack([automata[index].class_of for index, _ in tracks]),
+        track_base=per_track(bases),
+        track_classes=per_track([a.num_classes for a in automata]),
+        track_states=per_track(states),
+        track_mapping=per_track([mappings.index(a.mapping) for a in automata]),
+        track_start=per_track(starts),
+        track_twin=np.array([twin for _, twin in tracks], np.uint8),
+        policy_tracks=np.array(policy_tracks, np.int64),
+        first_pattern=np.concatenate(
+            [shift(a.first_pattern, n) for a, n in zip(automata, patterns, strict=False)]
+        ),
+        next_pattern=np.concatenate(
+            [shift(a.next_pattern, n) for a, n in zip(automata, patterns, strict=False)]
+        ),
+        suffix_link=np.concatenate([a.suffix_link for a in automata]),
+        best_rule=np.concatenate([a.best_rule for a in automata]),
+        groups=np.concatenate([a.groups for a in automata]),
+        pattern_rule=np.concatenate([a.pattern_rule for a in automata]),
+        pattern_length=np.concatenate(
+            [np.diff(a.pattern_offsets) - a.mapping.wrap for a in automata]
+        ).astype(np.int32),
+        rule_rank=rank,
+        token_offsets=token_offsets,
+        token_data=np.concatenate(token_data),
+        token_pending=pending,
+        token_special=vocabulary.special,
+        raw_offsets=vocabulary.offsets,
+        raw_data=vocabulary.data,
+        mapping_form=np.array(
+            [-1 if m.is_identity else forms.index(m.normalize) for m in mappings], np.int64
+        ),
+        mapping_wrap=np.array([m.wrap for m in mappings], np.int64),
+        page_of=characters.page_of,
+        entries=characters.entries,
+        map_offsets=characters.map_offsets,
+        map_data=characters.map_data,
+    )

@@ -1,0 +1,276 @@
+"""Per-slot matching state: what each text has shown so far and what it must not show next.
+
+A slot's state is a function of its committed tokens alone. Nothing here knows an engine; the vLLM
+plugin, the tests' fake engine and library users drive the same class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from streamguard_kernels.advance import LAST, UNSEEN, advance_kernel, peek_kernel
+from streamguard_kernels.lookahead import apply_ranges, mark_forbidden
+
+from streamguard.compiler.program import MASK, STOP, Program
+from streamguard.errors import ShapeError
+
+_EVENTS = 4096
+_NEVER_LAST = np.zeros(0, np.uint8)
+
+
+class Session:
+    """Matching state of `num_slots` concurrent texts over one compiled program.
+
+    Cost: one table read per byte and track; about 16 bytes of state a slot and track. Not
+    thread-safe: one session belongs to one sampler.
+    """
+
+    def __init__(self, program: Program, num_slots: int) -> None:
+        if num_slots < 1:
+            raise ShapeError(f"num_slots is {num_slots}; a session needs at least 1 slot.")
+        self.program = program
+        self.num_slots = num_slots
+        self._tables = program.tables
+        self._state = np.zeros((num_slots, program.max_tracks), np.int64)
+        self._pending = np.zeros(num_slots, np.int64)
+        self._policy = np.full(num_slots, -1, np.int64)
+        self._hidden = np.ones(num_slots, np.uint8)
+        self._end_tokens = np.full((num_slots, 8), -1, np.int64)
+        self._end_bits = np.full(num_slots, UNSEEN | LAST, np.uint8)
+        self._events = np.zeros((_EVENTS, 2), np.int64)
+        self._num_events = np.zeros(1, np.int64)
+        self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
+        self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
+        # Per policy: rows may take `apply_ranges` when nothing but ordinary tokens can matter.
+        t = self._tables
+        wraps = [
+            bool(t.mapping_wrap[t.track_mapping[lo:hi]].any())
+            for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
+        ]
+        self._simple_mask = np.array(
+            [not wrap and not program.uses(STOP, p) for p, wrap in enumerate(wraps)]
+        )
+        self._masks = np.array([program.uses(MASK, p) for p in range(len(wraps))])
+
+    def reset(
+        self,
+        slot: int,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        policy: str | None = None,
+        hide_special_tokens: bool = True,
+        end_token_ids: Sequence[int] | None = None,
+        show_end_token: bool = False,
+    ) -> None:
+        """Begin a new text in a slot; forget its former occupant.
+
+        prompt_token_ids     what stands before the text; a pattern may begin in its tail.
+        policy               name; the default policy if None.
+        hide_special_tokens  whether the reader skips special tokens (vLLM's skip_special_tokens).
+        end_token_ids        tokens after which the text is over; the vocabulary's EOS if None.
+        show_end_token       whether the reader sees the text of the end token too.
+        Raises ShapeError for an unknown slot, policy or token id.
+        """
+        self._check_slots(np.array([slot]))
+        program, t = self.program, self._tables
+        if policy is None:
+            p = program.default_policy
+        elif policy in program.policies:
+            p = program.policies.index(policy)
+        else:
+            raise ShapeError(
+                f"policy {policy!r} is not in this session; it has: {', '.join(program.policies)}."
+            )
+        ends = program.vocabulary.eos_token_ids if end_token_ids is None else end_token_ids
+        end_tokens = np.array(sorted(set(ends)), np.int64)
+        self._check_tokens(end_tokens)
+        self._policy[slot] = p
+        self._hidden[slot] = hide_special_tokens
+        missing = len(end_tokens) - self._end_tokens.shape[1]
+        if missing > 0:
+            self._end_tokens = np.pad(self._end_tokens, ((0, 0), (0, missing)), constant_values=-1)
+        self._end_tokens[slot] = -1
+        self._end_tokens[slot, : len(end_tokens)] = end_tokens
+        self._end_bits[slot] = LAST if show_end_token else UNSEEN | LAST
+        self._pending[slot] = 0
+        lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
+        self._state[slot, : hi - lo] = t.track_start[lo:hi]
+        tail = self._tail(np.asarray(prompt_token_ids, np.int64), lo, hi, hide_special_tokens)
+        if len(tail):
+            if len(tail) < len(prompt_token_ids):
+                # In the middle of a text nothing is known of the character before the tail.
+                self._state[slot, : hi - lo] = t.track_base[lo:hi]
+            self._end_tokens[slot] = -1  # what ends the text does not end its prompt
+            self._walk(np.full(len(tail), slot), tail)
+            self._end_tokens[slot, : len(end_tokens)] = end_tokens
+            twins = t.track_twin[lo:hi].astype(bool)
+            self._state[slot, : hi - lo][twins] = t.track_start[lo:hi][twins]
+
+    def release(self, slot: int) -> None:
+        """Leave a slot unguarded until its next `reset`: its rows never hit."""
+        self._policy[slot] = -1
+
+    def advance(self, slots: ArrayLike, token_ids: ArrayLike) -> NDArray[np.int64]:
+        """Commit one token per row; several rows may feed the same slot, in order.
+
+        slots, token_ids  int[num_rows]. Returns int64[num_rows]: index + 1 of the most severe rule
+        that the token completed, 0 = none. Cost: about 40 ns a row at batch 256.
+        Raises ShapeError for ids out of range or lengths that differ; nothing is committed then.
+        """
+        rows, tokens = self._checked(slots, token_ids)
+        return self._walk(rows, tokens)
+
+    def peek(
+        self, slots: ArrayLike, token_ids: ArrayLike, last: ArrayLike | None = None
+    ) -> NDArray[np.int64]:
+        """What `advance` would return, without committing.
+
+        last  bool[num_rows]: the text is over after this token, whatever it is (a length limit).
+        """
+        rows, tokens = self._checked(slots, token_ids)
+        ends = _NEVER_LAST if last is None else np.ascontiguousarray(last, np.uint8)
+        if len(ends) not in (0, len(rows)):
+            raise ShapeError(f"last has {len(ends)} entries for {len(rows)} rows; give one a row.")
+        best = np.empty(len(rows), np.int64)
+        self._num_events[0] = 0
+        peek_kernel(
+            self._tables, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
+            self._end_bits, self._state, self._pending, best, self._events, self._num_events,
+        )  # fmt: skip
+        return best + 1
+
+    def events(self) -> list[tuple[int, int]]:
+        """(row, rule index) of every rule that completed in the last `advance` or `peek`."""
+        count = min(int(self._num_events[0]), _EVENTS)
+        return sorted({(int(row), int(rule)) for row, rule in self._events[:count]})
+
+    def forbidden(self, slot: int, *, last: bool = False) -> NDArray[np.int64]:
+        """Token ids that would now complete a match of a mask, halt or redirect rule, sorted.
+
+        A caller that never appends one of them never emits a match. Tokens that end the text count
+        (they close a word). last = the next token is the last one, whatever it is: exact, but every
+        token is walked, which takes about 1 ms per 50,000 tokens.
+        """
+        self._check_slots(np.array([slot]))
+        forbidden = np.zeros(len(self.program.vocabulary), np.uint8)
+        if self._policy[slot] >= 0:
+            self._mark(slot, MASK, forbidden, last)
+            stop = np.zeros_like(forbidden)
+            self._mark(slot, STOP, stop, last)
+            forbidden |= stop
+        return np.flatnonzero(forbidden).astype(np.int64)
+
+    def needs_mask(self, slot: int) -> bool:
+        """Whether the slot's policy has mask rules."""
+        return self._policy[slot] >= 0 and bool(self._masks[self._policy[slot]])
+
+    def apply_mask(
+        self,
+        logits: NDArray[np.float32],
+        rows: Sequence[int],
+        slots: Sequence[int],
+        last: Sequence[bool],
+    ) -> None:
+        """Write -inf to tokens that would complete a mask rule and nothing more severe, in place.
+
+        logits  float32[num_logits_rows, >= num_tokens]; rows, slots, last [num_rows] name the rows
+        to edit. A token that completes a halt or redirect rule too stays possible: choosing it has
+        to halt as often as the unguarded model would have chosen it.
+        """
+        if not rows:
+            return
+        row_ids, slot_ids = np.asarray(rows, np.int64), np.asarray(slots, np.int64)
+        simple = (
+            self._simple_mask[self._policy[slot_ids]]
+            & (self._pending[slot_ids] == 0)
+            & (self._hidden[slot_ids] == 1)
+        )
+        apply_ranges(
+            self._tables, self.program.mask_ranges, row_ids[simple], slot_ids[simple],
+            self._policy, self._state, logits,
+        )  # fmt: skip
+        for row, slot in zip(row_ids[~simple], slot_ids[~simple], strict=True):
+            is_last = bool(last[int(np.flatnonzero(row_ids == row)[0])])
+            forbidden = np.zeros(len(self.program.vocabulary), np.uint8)
+            self._mark(slot, MASK, forbidden, is_last)
+            if self.program.uses(STOP, int(self._policy[slot])):
+                stop = np.zeros_like(forbidden)
+                self._mark(slot, STOP, stop, is_last)
+                forbidden[stop != 0] = 0
+            logits[row, : len(forbidden)][forbidden != 0] = -np.inf
+
+    def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
+        program = self.program
+        p = int(self._policy[slot])
+        if not program.uses(group, p):
+            return
+        ends = self._end_tokens[slot]
+        ends = ends[ends >= 0]
+        mark_forbidden(
+            self._tables,
+            program.mask_ranges if group == MASK else program.stop_ranges,
+            p,
+            self._state[slot],
+            self._pending[slot],
+            self._hidden[slot],
+            ends,
+            np.full(len(ends), self._end_bits[slot], np.uint8),
+            int(last),
+            self._mask_rules if group == MASK else self._stop_rules,
+            forbidden,
+        )
+
+    def _walk(self, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        best = np.empty(len(slots), np.int64)
+        self._num_events[0] = 0
+        advance_kernel(
+            self._tables, slots, tokens, _NEVER_LAST, self._policy, self._hidden,
+            self._end_tokens, self._end_bits, self._state, self._pending, best, self._events,
+            self._num_events,
+        )  # fmt: skip
+        return best + 1
+
+    def _tail(
+        self, prompt: NDArray[np.int64], lo: int, hi: int, hidden: bool
+    ) -> NDArray[np.int64]:
+        """The last tokens of the prompt that can still matter: as many bytes as a pattern has."""
+        self._check_tokens(prompt)
+        t = self._tables
+        room = np.full(hi - lo, self.program.max_depth + 8)
+        mappings = t.track_mapping[lo:hi]
+        for i in range(len(prompt) - 1, -1, -1):
+            token = prompt[i]
+            if not (hidden and t.token_special[token]):
+                room -= t.token_offsets[mappings, token + 1] - t.token_offsets[mappings, token]
+            if (room <= 0).all():
+                return prompt[i:]
+        return prompt
+
+    def _checked(
+        self, slots: ArrayLike, token_ids: ArrayLike
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        rows = np.ascontiguousarray(slots, np.int64)
+        tokens = np.ascontiguousarray(token_ids, np.int64)
+        if rows.ndim != 1 or rows.shape != tokens.shape:
+            raise ShapeError(
+                f"slots has shape {rows.shape}, token_ids {tokens.shape}; both need one dimension "
+                f"and the same length."
+            )
+        self._check_slots(rows)
+        self._check_tokens(tokens)
+        return rows, tokens
+
+    def _check_slots(self, slots: NDArray[np.int64]) -> None:
+        if len(slots) and not 0 <= slots.min() <= slots.max() < self.num_slots:
+            raise ShapeError(
+                f"slots range over {slots.min()}..{slots.max()}; allowed: 0..{self.num_slots - 1}."
+            )
+
+    def _check_tokens(self, tokens: NDArray[np.int64]) -> None:
+        size = len(self.program.vocabulary)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < size:
+            raise ShapeError(
+                f"token ids range over {tokens.min()}..{tokens.max()}; allowed: 0..{size - 1}."
+            )

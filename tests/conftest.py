@@ -1,0 +1,68 @@
+"""What all tests share: an offline engine in this process, printed seeds, small models."""
+
+import os
+
+# Set before anything imports vllm or tokenizers, which read them once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+from streamguard.demo_model import demo_model, tiny_model
+
+settings.register_profile("streamguard", deadline=None, print_blob=True)
+settings.load_profile("streamguard")
+
+SEED = int(os.environ.get("STREAMGUARD_TEST_SEED") or random.SystemRandom().getrandbits(32))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    # First, because hypothesis reads its option in the hook of the same name.
+    if config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = str(SEED)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return (
+        f"seeds: STREAMGUARD_TEST_SEED={SEED}, --hypothesis-seed={config.option.hypothesis_seed}"
+        " (set them to repeat this run)"
+    )
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """The run's seed, for tests that draw their own random cases."""
+    return SEED
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The folder of the real small model, from the user's cache."""
+    return demo_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_models("byte_fallback", spare_ids=False)`: a tiny model, made once a session."""
+    root = tmp_path_factory.mktemp("tiny-models")
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def get(kind: str = "byte_level_bpe", **options: Any) -> Path:
+        key = (kind, *sorted(options.items()))
+        if key not in made:
+            made[key] = tiny_model(root / f"{len(made)}-{kind}", kind=kind, **options)
+        return made[key]
+
+    return get

@@ -1,0 +1,618 @@
+"""The policy file: what it accepts, what it refuses and in which words."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streamguard import policy as policy_module
+from streamguard import policy_reader
+from streamguard.errors import PolicyError, StreamguardError
+from streamguard.policy import (
+    ACTIONS,
+    CATEGORIES,
+    MAX_MESSAGE_BYTES,
+    MAX_PATTERN_BYTES,
+    MAX_RULES,
+    SEVERITY,
+    Policy,
+    PolicySet,
+)
+
+EXAMPLES = Path(policy_module.__file__).parent / "examples"
+
+
+def one_rule(**changes: Any) -> dict[str, Any]:
+    """A valid policy of one rule, with that rule's keys changed; None deletes a key."""
+    rule = {"id": "r", "action": "halt", "literals": ["x"], **changes}
+    kept = {key: value for key, value in rule.items() if value is not None}
+    return {"version": 1, "rules": [kept]}
+
+
+def in_rule(line: str) -> str:
+    """A policy file whose only rule "card-number" has `line` as its last line."""
+    return f"version: 1\nrules:\n  - id: card-number\n    action: halt\n    {line}\n"
+
+
+def load_text(folder: Path, text: str | bytes) -> Policy:
+    path = folder / "policy.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return Policy.load(path)
+
+
+LITERALS = 'literals: ["x"]'
+
+# name: (file, fragments that the message holds: place, value, allowed, reason or remedy)
+BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
+    "yaml syntax": ("version: 1\nname: a: b\n", ["line 2, column 8", "not valid YAML", "quote"]),
+    "yaml tab": ("version: 1\nrules:\n\t- id: a\n", ["line 3, column 1", "not valid YAML"]),
+    "yaml control character": (b"version: \x01", ["offset 9", "control characters"]),
+    "yaml two documents": ("version: 1\n---\nversion: 1\n", ["line 2", "single document", "Move"]),
+    "yaml python object": ("a: !!python/object:os.x {}", ["line 1, column 4", "constructor"]),
+    "yaml impossible date": ("name: 2024-13-45", ["line 1, column 7", '"2024-13-45" is no valid']),
+    "yaml bad int tag": ("version: !!int x", ["line 1, column 10", '"x" is no valid int']),
+    "yaml unhashable key": ("? [a]\n: b", ["line 1", "unhashable key"]),
+    "yaml undefined alias": ("name: *x", ["undefined alias", "quote values", "*&"]),
+    "yaml deep nesting": ("[" * 1_000_000, ["nested deeper than 32 levels", "Flatten"]),
+    "yaml merge key": ("a: &a {b: 1}\nc:\n  <<: *a\n", ["line 3, column 3", '"<<"', "write"]),
+    "duplicate key": (
+        in_rule("action: mask\n    " + LITERALS),
+        ["line 5, column 5", 'key "action" occurs twice', "first on line 4", "Delete one"],
+    ),
+    "policy not utf-8": (b"version: 1\nname: caf\xe9\n", ["0xe9", "offset 20", "line 2", "iconv"]),
+    "empty file": ("", ["holds null", "mapping with the keys version", "Start with version: 1"]),
+    "not a mapping": ("- a\n", ["holds a list", "mapping with the keys"]),
+    "version missing": ("name: a\n", ["version is missing", "integer 1", "Write version: 1"]),
+    "version quoted": ('version: "1"\n', ['version is "1" (a string)', "without quotes"]),
+    "version boolean": ("version: true\n", ["version is true (a boolean)", "integer 1"]),
+    "version from the future": ("version: 2\n", ["version is 2", "only version that exists"]),
+    "unknown policy key": (
+        "version: 1\nrulez: []\nrules: [{id: a, action: halt, literals: [x]}]\n",
+        ['unknown key "rulez"', "allowed: version, name", 'Did you mean "rules"?'],
+    ),
+    "extends": (
+        "version: 1\nextends: base.yaml\nrules: [{id: a, action: halt, literals: [x]}]\n",
+        ['key "extends" is not supported by this version', "Copy the rules into this file"],
+    ),
+    "name not a string": ("version: 1\nname: yes\nrules: []\n", ["name is true", "quote it"]),
+    "bad name": ("version: 1\nname: a b\nrules: []\n", ['name is "a b"', "1..64", "Rename"]),
+    "client_selectable quoted": (
+        'version: 1\nclient_selectable: "true"\nrules: []\n',
+        ['client_selectable is "true" (a string)', "true or false", "Remove the quotes"],
+    ),
+    "defaults not a mapping": (
+        "version: 1\ndefaults: 3\nrules: []\n",
+        ["defaults is 3", "mapping"],
+    ),
+    "unknown default": (
+        "version: 1\ndefaults: {onerror: pass}\nrules: []\n",
+        ['unknown key "onerror"', "allowed: on_error, normalize", 'Did you mean "on_error"?'],
+    ),
+    "default that yaml misreads": (
+        "version: 1\ndefaults: {1: pass}\nrules: []\n",
+        ["unknown key 1", "allowed: on_error, normalize"],
+    ),
+    "unknown on_error": (
+        "version: 1\ndefaults: {on_error: ignore}\nrules: []\n",
+        ['unknown on_error "ignore"', "allowed: block, pass"],
+    ),
+    "rules missing": ("version: 1\n", ["rules is null", "list of 1..1024 rules"]),
+    "rules empty": (
+        "version: 1\nrules: []\n",
+        ["rules has 0 entries", "guards nothing", "Add one"],
+    ),
+    "rules a mapping": ("version: 1\nrules: {a: 1}\n", ["rules is a mapping", 'with "- "']),
+    "rule a string": ("version: 1\nrules: [abc]\n", ["rules[0]: the rule is", "a mapping"]),
+    "rule empty": ("version: 1\nrules: [{}]\n", ["rules[0]", 'key "id" is missing', '"action"']),
+    "unknown rule key": (
+        in_rule('litterals: ["x"]'),
+        ['rules[0] "card-number": unknown key "litterals"', "allowed: id, ", '"literals"?'],
+    ),
+    "key that yaml misreads": (in_rule(LITERALS + "\n    yes: 1"), ["unknown key true", "allowed"]),
+    "bad rule id": (
+        "version: 1\nrules: [{id: Card_Number, action: halt, literals: [x]}]\n",
+        ['id is "Card_Number"', "1..64 characters of a-z, 0-9 and -", "Rename"],
+    ),
+    "rule id a number": (
+        "version: 1\nrules: [{id: 12, action: halt, literals: [x]}]\n",
+        ["rules[0]: id is 12 (an integer)", "string", "quote it"],
+    ),
+    "duplicate rule id": (
+        "version: 1\nrules:\n  - {id: a, action: halt, literals: [x]}\n"
+        "  - {id: a, action: mask, literals: [y]}\n",
+        ['rules[1] "a"', "that of rules[0]", "must differ", "Rename one"],
+    ),
+    "unknown action": (
+        "version: 1\nrules: [{id: a, action: masc, literals: [x]}]\n",
+        ['unknown action "masc"', "allowed: halt, redirect, mask, observe", 'mean "mask"?'],
+    ),
+    "redact": (
+        "version: 1\nrules: [{id: a, action: redact, literals: [x]}]\n",
+        ['action "redact" is not supported by this version', "allowed: halt, ", "Use mask"],
+    ),
+    "unknown category": (
+        in_rule(LITERALS + "\n    category: violence"),
+        ['unknown category "violence"', *CATEGORIES],
+    ),
+    "stage prompt": (
+        in_rule(LITERALS + "\n    stage: prompt"),
+        ['stage "prompt" is not supported by this version', "allowed: output"],
+    ),
+    "stage both": (in_rule(LITERALS + "\n    stage: both"), ['stage "both" is not supported']),
+    "unknown stage": (in_rule(LITERALS + "\n    stage: input"), ['unknown stage "input"']),
+    "unknown boundary": (
+        in_rule(LITERALS + "\n    boundary: words"),
+        ['unknown boundary "words"', "allowed: none, word", 'Did you mean "word"?'],
+    ),
+    "later normal form": (
+        in_rule(LITERALS + "\n    normalize: [case, leet]"),
+        ['normalize "leet" is not supported by this version', "allowed: case"],
+    ),
+    "unknown normal form": (
+        in_rule(LITERALS + "\n    normalize: [cases]"),
+        ['unknown normalize "cases"', "allowed: case", 'Did you mean "case"?'],
+    ),
+    "normalize not a list": (
+        in_rule(LITERALS + "\n    normalize: case"),
+        ['normalize is "case" (a string)', "must be a list", '["case"]'],
+    ),
+    "regexes": (in_rule("regexes: ['a+']"), ['"regexes" is not supported', "as literals"]),
+    "probe": (
+        in_rule("probe: p.safetensors\n    threshold: 0.5"),
+        ['"probe" is not supported', '"threshold" is not supported', "Use literals"],
+    ),
+    "no matcher": (in_rule("category: pii"), ["no pattern to match", "needs literals", "Add one"]),
+    "empty list of literals": (in_rule("literals: []"), ["no pattern to match", "literals_file"]),
+    "literals a string": (
+        in_rule("literals: abc"),
+        ['literals is "abc" (a string)', "must be a list", '["abc"]'],
+    ),
+    "literals null": (in_rule("literals:"), ["literals is null", "a list", "delete it"]),
+    "literal read as octal": (in_rule("literals: [0123]"), ["pattern 0 is 0123 (an integer)"]),
+    "literal read as boolean": (in_rule("literals: [yes]"), ["is yes (a boolean)", "quote it"]),
+    "literal read as date": (in_rule("literals: [2024-01-02]"), ["2024-01-02 (a date)", "quote"]),
+    "literal read as float": (in_rule("literals: [1e3, 1.50]"), ["is 1.50 (a number)", "quote"]),
+    "literal read as null": (in_rule("literals: [a, ~]"), ["pattern 1 is ~ (null)", "quote it"]),
+    "literal left out": (in_rule("literals: [a, null]"), ["pattern 1 is null", "a string"]),
+    "literal a list": (in_rule("literals: [[a]]"), ["pattern 0 is a list", "a string"]),
+    "endless literals": (in_rule("literals: &a [*a]"), ["pattern 0 is a list"]),
+    "empty pattern": (
+        in_rule('literals: [""]'),
+        [
+            'policy.yaml: rules[0] "card-number": pattern 0 is empty; patterns need 1..4096 bytes. '
+            "An empty pattern would accept at every byte and block all output. "
+            "Delete it or give a literal."
+        ],
+    ),
+    "pattern too long": (
+        in_rule(f'literals: ["{"é" * 2049}"]'),
+        ["is 4098 bytes long", "1..4096", "Keep a distinctive part"],
+    ),
+    "duplicate pattern": (
+        in_rule("literals: [a, b, a]"),
+        ['pattern 2 "a" repeats pattern 0', "once in a rule", "Delete one"],
+    ),
+    "duplicate after case folding": (
+        in_rule("literals: [STRASSE, straße]\n    normalize: [case]"),
+        ['pattern 1 "straße" repeats pattern 0 after normalize [case]'],
+    ),
+    "replacement character": (
+        in_rule('literals: ["caf\ufffd"]'),
+        ["U+FFFD", "broken UTF-8", "Write the characters"],
+    ),
+    "redirect without message": (
+        "version: 1\nrules: [{id: a, action: redirect, literals: [x]}]\n",
+        ["message is missing", "redirect", "Add message, or use halt"],
+    ),
+    "message without redirect": (
+        in_rule(LITERALS + "\n    message: No."),
+        ['message is "No." but action is halt', "Delete it or use redirect"],
+    ),
+    "message blank": (
+        "version: 1\nrules: [{id: a, action: redirect, message: ' ', literals: [x]}]\n",
+        ["message is 1 bytes long", "1..4096", "white space"],
+    ),
+    "message too long": (
+        f"version: 1\nrules: [{{id: a, action: redirect, message: {'m' * 4097}, literals: [x]}}]\n",
+        ["message is 4097 bytes long", "1..4096"],
+    ),
+    "literals file missing": (
+        in_rule("literals_file: nope.txt"),
+        ['"card-number": literals_file "nope.txt": no such file', "looked for /", "relative"],
+    ),
+    "literals file a folder": (in_rule("literals_file: ."), ["is a folder", "Name one in it"]),
+    "literals file with NUL in its name": (in_rule('literals_file: "a\\0b"'), ["cannot be read"]),
+    "literals file a list": (in_rule("literals_file: [a]"), ["literals_file is a list", "string"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_refused_with_place_value_allowed_and_remedy(name: str, tmp_path: Path) -> None:
+    text, fragments = BAD_FILES[name]
+    with pytest.raises(PolicyError) as caught:
+        load_text(tmp_path, text)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'policy.yaml'}: ")
+    for fragment in fragments:
+        assert fragment in message
+    assert "pydantic" not in message
+    assert "Traceback" not in message
+    assert len(message) < 2000
+    # Nothing of the machinery may show when the error is not caught.
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+# name: (content of words.txt, fragments of the message)
+BAD_LITERALS_FILES: dict[str, tuple[bytes, list[str]]] = {
+    "latin-1": (b"ok\ncaf\xe9\n", ['"words.txt": not UTF-8', "0xe9 at offset 6 (line 2)", "iconv"]),
+    "utf-16 with mark": ("word\n".encode("utf-16"), ["not UTF-8: byte 0xff at offset 0 (line 1)"]),
+    "utf-16 without mark": ("word\n".encode("utf-16-le"), ["words.txt line 1", "NUL", "UTF-16"]),
+    "empty": (b"", ["no pattern to match"]),
+    "blank lines only": (b"\n  \r\n\t\n", ["no pattern to match"]),
+    "duplicate": (b"a\n\nb\na\n", ['words.txt line 4 "a" repeats words.txt line 1']),
+    "duplicate of an inline one": (b"a\ninline\n", ['line 2 "inline" repeats pattern 0']),
+    "replacement character": ("a\nb\ufffd\n".encode(), ["words.txt line 2", "U+FFFD"]),
+    "too long a line": (b"a\n" + b"x" * 4097, ["words.txt line 2", "4097 bytes", "1..4096"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LITERALS_FILES)
+def test_bad_literals_file_is_refused_with_its_line(name: str, tmp_path: Path) -> None:
+    content, fragments = BAD_LITERALS_FILES[name]
+    (tmp_path / "words.txt").write_bytes(content)
+    inline = "\n    literals: [inline]" if "inline" in name else ""
+    with pytest.raises(PolicyError) as caught:
+        load_text(tmp_path, in_rule("literals_file: words.txt" + inline))
+    for fragment in ['rules[0] "card-number": ', *fragments]:
+        assert fragment in str(caught.value)
+    assert "more problems" not in str(caught.value)
+
+
+def test_literals_file_lines_are_literals_as_they_stand(tmp_path: Path) -> None:
+    content = "\ufeff one \r\n\r\n  \ntwo\u2028half\n#three\nfour"
+    (tmp_path / "words.txt").write_bytes(content.encode())
+    policy = load_text(tmp_path, in_rule("literals: [zero]\n    literals_file: words.txt"))
+    assert policy.rules[0].literals == ("zero", " one ", "two\u2028half", "#three", "four")
+    assert policy.num_patterns == 5
+
+
+def test_literals_file_is_relative_to_the_policy_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words.txt").write_text("near\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert load_text(tmp_path, in_rule("literals_file: words.txt")).rules[0].literals == ("near",)
+    data = one_rule(literals=None, literals_file="words.txt")
+    assert Policy.from_dict(data, base_dir=tmp_path).rules[0].literals == ("near",)
+    with pytest.raises(PolicyError, match="no such file"):
+        Policy.from_dict(data)
+
+
+def test_missing_policy_file_folder_and_unreadable_file_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PolicyError, match=r"absent\.yaml: no such file; looked for /"):
+        Policy.load(tmp_path / "absent.yaml")
+    with pytest.raises(PolicyError, match="is a folder; a file is needed"):
+        Policy.load(tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    # By hand, since root may read everything.
+    monkeypatch.setattr(policy_reader, "open", refuse, raising=False)
+    with pytest.raises(PolicyError, match=r"may not be read by this user.*Grant read permission"):
+        Policy.load(tmp_path / "policy.yaml")
+
+
+def test_defaults_are_applied_and_a_rule_overrides_them(tmp_path: Path) -> None:
+    text = """
+version: 1
+name: example
+client_selectable: true
+defaults: {on_error: pass, normalize: [case]}
+rules:
+  - {id: plain, action: observe, literals: ["0123", "yes", "Straße"]}
+  - id: full
+    category: brand
+    stage: output
+    literals: [X]
+    normalize: []
+    boundary: word
+    action: redirect
+    message: "Sorry."
+"""
+    policy = load_text(tmp_path, text)
+    assert (policy.name, policy.client_selectable, policy.on_error) == ("example", True, "pass")
+    assert policy.source == str(tmp_path / "policy.yaml")
+    plain, full = policy.rules
+    assert (plain.category, plain.stage, plain.boundary) == ("custom", "output", "none")
+    assert (plain.literals, plain.normalize) == (("0123", "yes", "Straße"), ("case",))
+    assert plain.message is None
+    assert (full.normalize, full.boundary, full.message) == ((), "word", "Sorry.")
+
+
+def test_policy_without_optional_keys_blocks_on_error_and_is_not_selectable() -> None:
+    policy = Policy.from_dict(one_rule())
+    assert (policy.name, policy.client_selectable, policy.on_error) == ("default", False, "block")
+    assert policy.source == "<dict>"
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_every_action_of_this_version_loads(action: str) -> None:
+    message = "Sorry." if action == "redirect" else None
+    assert Policy.from_dict(one_rule(action=action, message=message)).rules[0].action == action
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_category_loads(category: str) -> None:
+    assert Policy.from_dict(one_rule(category=category)).rules[0].category == category
+
+
+def test_actions_keep_the_order_of_severity() -> None:
+    assert SEVERITY == ("halt", "redirect", "mask", "redact", "observe")
+    assert ACTIONS == ("halt", "redirect", "mask", "observe")
+
+
+def test_patterns_that_differ_only_in_case_may_stand_together_without_normalize() -> None:
+    assert Policy.from_dict(one_rule(literals=("a", "A"))).rules[0].literals == ("a", "A")
+
+
+def test_lone_surrogate_is_refused_and_shown_escaped() -> None:
+    with pytest.raises(PolicyError, match=r'pattern 0 "\\ud800" holds a lone surrogate'):
+        Policy.from_dict(one_rule(literals=["\ud800"]))
+    with pytest.raises(PolicyError, match=r'message "\\udfff" holds a lone surrogate'):
+        Policy.from_dict(one_rule(action="redirect", message="\udfff"))
+
+
+def test_control_characters_of_a_value_do_not_reach_the_terminal() -> None:
+    with pytest.raises(PolicyError) as caught:
+        Policy.from_dict(one_rule(category="\x1b[2J\x9b"))
+    assert r'"\x1b[2J\x9b"' in str(caught.value)
+
+
+def test_all_problems_of_a_file_are_listed_at_once(tmp_path: Path) -> None:
+    text = """
+version: 1
+name: a b
+rules:
+  - {id: a, action: stop, literals: [x]}
+  - {id: b, action: halt, literals: ["", x, x]}
+  - {id: c, action: halt, literals_file: nope.txt}
+  - {id: d, action: halt, literals: [5]}
+"""
+    with pytest.raises(PolicyError) as caught:
+        load_text(tmp_path, text)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 6
+    assert all(line.startswith(f"{tmp_path / 'policy.yaml'}: ") for line in lines)
+    for line, fragment in zip(
+        lines,
+        ['name is "a b"', '"stop"', "pattern 0 is empty", "repeats", "nope.txt", "pattern 0 is 5"],
+        strict=True,
+    ):
+        assert fragment in line
+
+
+def test_more_than_ten_problems_are_counted() -> None:
+    with pytest.raises(PolicyError) as caught:
+        Policy.from_dict(one_rule(literals=[""] * 25), source="p.yaml")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "… and 15 more problems in p.yaml."
+
+
+def test_long_values_are_shortened() -> None:
+    with pytest.raises(PolicyError) as caught:
+        Policy.from_dict(one_rule(category="c" * 10_000))
+    assert '"' + "c" * 80 + '…"' in str(caught.value)
+
+
+def test_limits_are_inclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = [{"id": f"r{n}", "action": "mask", "literals": ["x"]} for n in range(MAX_RULES)]
+    assert len(Policy.from_dict({"version": 1, "rules": rules}).rules) == MAX_RULES
+    with pytest.raises(PolicyError, match=r"rules has 1025 entries; allowed: 1\.\.1024"):
+        Policy.from_dict({"version": 1, "rules": [*rules, {}]})
+    assert Policy.from_dict(one_rule(literals=["x" * MAX_PATTERN_BYTES]))
+    assert Policy.from_dict(one_rule(action="redirect", message="m" * MAX_MESSAGE_BYTES))
+
+    monkeypatch.setattr(policy_module, "MAX_PATTERNS", 3)
+    two = {"id": "two", "action": "mask", "literals": ["x", "y"]}
+    one = {"id": "one", "action": "mask", "literals": ["x"]}
+    assert Policy.from_dict({"version": 1, "rules": [two, one]}).num_patterns == 3
+    with pytest.raises(PolicyError, match='"three": with pattern 1 the policy has more than 3'):
+        Policy.from_dict({"version": 1, "rules": [two, {**two, "id": "three"}]})
+
+
+def test_files_larger_than_the_limit_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = in_rule("literals_file: words.txt")
+    words = tmp_path / "words.txt"
+    monkeypatch.setattr(policy_reader, "MAX_FILE_BYTES", len(text))
+    words.write_bytes(b"x" * len(text))
+    assert load_text(tmp_path, text)
+    with pytest.raises(PolicyError, match=r"policy\.yaml: the file is larger than"):
+        load_text(tmp_path, text + "#")
+    words.write_bytes(b"x" * (len(text) + 1))
+    with pytest.raises(PolicyError, match=r'"words\.txt": the file is larger than'):
+        load_text(tmp_path, text)
+
+
+def test_sha256_does_not_depend_on_how_the_content_is_written(tmp_path: Path) -> None:
+    flow = "{version: 1, rules: [{action: halt, id: a, literals: [x, 'ü']}]}"
+    (tmp_path / "words.txt").write_bytes("\ufeffx\r\n\r\nü\r\n".encode())
+    block = """
+# a comment
+version: 1
+name: default
+defaults: {normalize: [case]}
+rules:
+  - id: a
+    category: custom
+    literals_file: words.txt
+    normalize: []
+    action: halt
+"""
+    first = load_text(tmp_path, flow).sha256
+    second = load_text(tmp_path, block).sha256
+    assert first == second
+    # A fixed value: other processes and releases must come to the same digest.
+    assert first == "4b1984bcae66d23d65f0649868f8aca1c2aa025b75d794de07da91525feeaaa0"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"literals": ["y"]},
+        {"literals": ["x", "y"]},
+        {"id": "s"},
+        {"action": "mask"},
+        {"category": "pii"},
+        {"normalize": ["case"]},
+        {"boundary": "word"},
+    ],
+)
+def test_sha256_depends_on_every_key_of_a_rule(change: dict[str, Any]) -> None:
+    assert Policy.from_dict(one_rule(**change)).sha256 != Policy.from_dict(one_rule()).sha256
+
+
+def test_sha256_depends_on_every_key_of_the_policy_but_not_on_its_path() -> None:
+    base = Policy.from_dict(one_rule())
+    for change in ({"name": "n"}, {"client_selectable": True}, {"defaults": {"on_error": "pass"}}):
+        assert Policy.from_dict({**one_rule(), **change}).sha256 != base.sha256
+    assert Policy.from_dict(one_rule(), source="elsewhere").sha256 == base.sha256
+
+
+def test_policies_survive_pickling_to_a_worker() -> None:
+    policies = PolicySet.load(EXAMPLES)
+    copy = pickle.loads(pickle.dumps(policies))
+    assert copy == policies
+    assert copy.sha256 == policies.sha256
+
+
+def write_policies(folder: Path, **names: str) -> None:
+    for stem, name in names.items():
+        text = in_rule(LITERALS) + (f"name: {name}\n" if name else "")
+        (folder / f"{stem}.yaml").write_text(text)
+
+
+def test_folder_gives_all_policies_and_the_one_named_default_is_the_default(tmp_path: Path) -> None:
+    write_policies(tmp_path, b="default", a="strict")
+    (tmp_path / "c.yml").write_text(in_rule(LITERALS) + "name: loose\n")
+    (tmp_path / ".hidden.yaml").write_text("broken: [")
+    (tmp_path / "notes.txt").write_text("no policy")
+    (tmp_path / "sub.yaml").mkdir()
+    policies = PolicySet.load(tmp_path)
+    assert list(policies.policies) == ["strict", "default", "loose"]
+    assert policies.default == "default"
+
+
+def test_only_policy_of_a_folder_or_a_file_is_the_default_whatever_its_name(tmp_path: Path) -> None:
+    write_policies(tmp_path, a="strict")
+    from_folder, from_file = PolicySet.load(tmp_path), PolicySet.load(tmp_path / "a.yaml")
+    assert from_folder.default == from_file.default == "strict"
+    assert from_folder.sha256 == from_file.sha256
+
+
+def test_folder_sha256_depends_on_each_policy(tmp_path: Path) -> None:
+    write_policies(tmp_path, a="default", b="strict")
+    before = PolicySet.load(tmp_path).sha256
+    (tmp_path / "b.yaml").write_text(in_rule('literals: ["y"]') + "name: strict\n")
+    assert PolicySet.load(tmp_path).sha256 != before
+
+
+def test_folder_without_a_default_is_refused_with_the_names(tmp_path: Path) -> None:
+    write_policies(tmp_path, a="one", b="two")
+    with pytest.raises(PolicyError, match=r"found: one, two\. .* Set name: default"):
+        PolicySet.load(tmp_path)
+
+
+def test_folder_with_one_name_twice_is_refused_with_both_files(tmp_path: Path) -> None:
+    write_policies(tmp_path, a="", b="default")
+    with pytest.raises(PolicyError, match=r'"default" occurs in .*a\.yaml and in .*b\.yaml'):
+        PolicySet.load(tmp_path)
+
+
+def test_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "policy.json").write_text("{}")
+    with pytest.raises(PolicyError, match=r"no policy \(1 entries.*nothing would be guarded"):
+        PolicySet.load(tmp_path)
+    with pytest.raises(PolicyError, match="no policy given"):
+        PolicySet.from_policies([])
+
+
+def test_folder_with_a_broken_or_dangling_policy_is_refused(tmp_path: Path) -> None:
+    write_policies(tmp_path, a="default")
+    (tmp_path / "z.yaml").symlink_to(tmp_path / "gone.yaml")
+    with pytest.raises(PolicyError, match=r"z\.yaml: no such file"):
+        PolicySet.load(tmp_path)
+
+
+def test_missing_path_of_a_policy_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="absent: no such file"):
+        PolicySet.load(tmp_path / "absent")
+
+
+def test_example_policies_load_and_show_every_action() -> None:
+    policies = PolicySet.load(EXAMPLES)
+    assert policies.default == "default"
+    assert {rule.action for rule in policies.policies["default"].rules} == set(ACTIONS)
+    assert not policies.policies["default"].client_selectable
+    assert policies.policies["strict"].client_selectable
+
+
+def test_policy_error_is_a_value_error_of_streamguard() -> None:
+    assert issubclass(PolicyError, StreamguardError)
+    assert issubclass(PolicyError, ValueError)
+
+
+def test_yaml_is_refused_alike_without_libyaml(tmp_path: Path) -> None:
+    # PyYAML may lack its C extension: the pure parser must give the same objects and refusals.
+    (tmp_path / "good.yaml").write_text((EXAMPLES / "default.yaml").read_text())
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    (tmp_path / "control.yaml").write_bytes(b"version: \x01")
+    code = (
+        "import sys, yaml; del yaml.CSafeLoader\n"
+        "from streamguard.policy import Policy, PolicySet\n"
+        "from streamguard.errors import PolicyError\n"
+        "print(Policy.load('good.yaml').sha256)\n"
+        "for name in ('deep.yaml', 'control.yaml'):\n"
+        "    try: Policy.load(name)\n"
+        "    except PolicyError as error: print(error)\n"
+    )
+    done = run_python(code, tmp_path)
+    digest, deep, control = done.splitlines()
+    assert digest == Policy.load(EXAMPLES / "default.yaml").sha256
+    assert "nested deeper than 32 levels" in deep
+    assert "not valid YAML" in control
+
+
+def test_policy_imports_no_engine(tmp_path: Path) -> None:
+    code = (
+        "import sys, streamguard.policy, streamguard.errors\n"
+        "heavy = {'torch', 'numba', 'vllm', 'numpy', 'transformers', 'triton', 'xgrammar'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    assert run_python(code, tmp_path).strip() == "[]"
+
+
+def run_python(code: str, folder: Path) -> str:
+    root = Path(policy_module.__file__).parents[1]
+    start = f"import sys; sys.path.insert(0, {str(root)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", start + code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
