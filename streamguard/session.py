@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 from streamguard_kernels.advance import LAST, UNSEEN, advance_kernel, peek_kernel
 from streamguard_kernels.lookahead import apply_ranges, mark_forbidden
 
-from streamguard.compiler.program import MASK, STOP, Program
+from streamguard.compiler.program import Program
+from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
 
 _EVENTS = 4096
@@ -39,6 +40,7 @@ class Session:
         self._hidden = np.ones(num_slots, np.uint8)
         self._end_tokens = np.full((num_slots, 8), -1, np.int64)
         self._end_bits = np.full(num_slots, UNSEEN | LAST, np.uint8)
+        self._special_ends = np.ones(num_slots, bool)  # no ordinary token ends the text
         self._events = np.zeros((_EVENTS, 2), np.int64)
         self._num_events = np.zeros(1, np.int64)
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
@@ -53,6 +55,7 @@ class Session:
             [not wrap and not program.uses(STOP, p) for p, wrap in enumerate(wraps)]
         )
         self._masks = np.array([program.uses(MASK, p) for p in range(len(wraps))])
+        self._stops = np.array([program.uses(STOP, p) for p in range(len(wraps))])
 
     def reset(
         self,
@@ -85,7 +88,9 @@ class Session:
             )
         ends = program.vocabulary.eos_token_ids if end_token_ids is None else end_token_ids
         end_tokens = np.array(sorted(set(ends)), np.int64)
+        prompt = np.asarray(prompt_token_ids, np.int64)
         self._check_tokens(end_tokens)
+        self._check_tokens(prompt)
         self._policy[slot] = p
         self._hidden[slot] = hide_special_tokens
         missing = len(end_tokens) - self._end_tokens.shape[1]
@@ -94,12 +99,13 @@ class Session:
         self._end_tokens[slot] = -1
         self._end_tokens[slot, : len(end_tokens)] = end_tokens
         self._end_bits[slot] = LAST if show_end_token else UNSEEN | LAST
+        self._special_ends[slot] = t.token_special[end_tokens].all()
         self._pending[slot] = 0
         lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
         self._state[slot, : hi - lo] = t.track_start[lo:hi]
-        tail = self._tail(np.asarray(prompt_token_ids, np.int64), lo, hi, hide_special_tokens)
+        tail = self._tail(prompt, hide_special_tokens)
         if len(tail):
-            if len(tail) < len(prompt_token_ids):
+            if len(tail) < len(prompt):
                 # In the middle of a text nothing is known of the character before the tail.
                 self._state[slot, : hi - lo] = t.track_base[lo:hi]
             self._end_tokens[slot] = -1  # what ends the text does not end its prompt
@@ -107,6 +113,7 @@ class Session:
             self._end_tokens[slot, : len(end_tokens)] = end_tokens
             twins = t.track_twin[lo:hi].astype(bool)
             self._state[slot, : hi - lo][twins] = t.track_start[lo:hi][twins]
+        self._num_events[0] = 0  # what the prompt holds is no event
 
     def release(self, slot: int) -> None:
         """Leave a slot unguarded until its next `reset`: its rows never hit."""
@@ -179,11 +186,15 @@ class Session:
         to edit. A token that completes a halt or redirect rule too stays possible: choosing it has
         to halt as often as the unguarded model would have chosen it.
         """
-        if not rows:
-            return
         row_ids, slot_ids = np.asarray(rows, np.int64), np.asarray(slots, np.int64)
+        is_last = np.asarray(last, bool)
+        masks = (self._policy[slot_ids] >= 0) & self._masks[self._policy[slot_ids]]
+        row_ids, slot_ids, is_last = row_ids[masks], slot_ids[masks], is_last[masks]
+        if not len(row_ids):
+            return
         simple = (
             self._simple_mask[self._policy[slot_ids]]
+            & self._special_ends[slot_ids]
             & (self._pending[slot_ids] == 0)
             & (self._hidden[slot_ids] == 1)
         )
@@ -191,20 +202,20 @@ class Session:
             self._tables, self.program.mask_ranges, row_ids[simple], slot_ids[simple],
             self._policy, self._state, logits,
         )  # fmt: skip
-        for row, slot in zip(row_ids[~simple], slot_ids[~simple], strict=True):
-            is_last = bool(last[int(np.flatnonzero(row_ids == row)[0])])
+        for row, slot, ends in zip(
+            row_ids[~simple], slot_ids[~simple], is_last[~simple], strict=True
+        ):
             forbidden = np.zeros(len(self.program.vocabulary), np.uint8)
-            self._mark(slot, MASK, forbidden, is_last)
-            if self.program.uses(STOP, int(self._policy[slot])):
-                stop = np.zeros_like(forbidden)
-                self._mark(slot, STOP, stop, is_last)
-                forbidden[stop != 0] = 0
+            self._mark(slot, MASK, forbidden, ends)
+            stop = np.zeros_like(forbidden)
+            self._mark(slot, STOP, stop, ends)
+            forbidden[stop != 0] = 0
             logits[row, : len(forbidden)][forbidden != 0] = -np.inf
 
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
         program = self.program
         p = int(self._policy[slot])
-        if not program.uses(group, p):
+        if not (self._masks if group == MASK else self._stops)[p]:
             return
         ends = self._end_tokens[slot]
         ends = ends[ends >= 0]
@@ -216,7 +227,7 @@ class Session:
             self._pending[slot],
             self._hidden[slot],
             ends,
-            np.full(len(ends), self._end_bits[slot], np.uint8),
+            self._end_bits[slot],
             int(last),
             self._mask_rules if group == MASK else self._stop_rules,
             forbidden,
@@ -232,21 +243,15 @@ class Session:
         )  # fmt: skip
         return best + 1
 
-    def _tail(
-        self, prompt: NDArray[np.int64], lo: int, hi: int, hidden: bool
-    ) -> NDArray[np.int64]:
-        """The last tokens of the prompt that can still matter: as many bytes as a pattern has."""
-        self._check_tokens(prompt)
+    def _tail(self, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
+        """The last tokens of the prompt that can still matter: they hold as much as a pattern."""
         t = self._tables
-        room = np.full(hi - lo, self.program.max_depth + 8)
-        mappings = t.track_mapping[lo:hi]
-        for i in range(len(prompt) - 1, -1, -1):
-            token = prompt[i]
-            if not (hidden and t.token_special[token]):
-                room -= t.token_offsets[mappings, token + 1] - t.token_offsets[mappings, token]
-            if (room <= 0).all():
-                return prompt[i:]
-        return prompt
+        num_bytes = t.raw_offsets[prompt + 1] - t.raw_offsets[prompt]
+        if hidden:
+            num_bytes[t.token_special[prompt] != 0] = 0
+        # A character takes 4 bytes at most and maps to 1 at least; 8 more for one cut in two.
+        enough = 4 * (self.program.max_depth + 8)
+        return prompt[-1 - int(np.searchsorted(np.cumsum(num_bytes[::-1]), enough)) :]
 
     def _checked(
         self, slots: ArrayLike, token_ids: ArrayLike

@@ -19,7 +19,8 @@ NO_RULE = np.int32(-1)
 def byte_classes(data):
     """Give each byte that occurs in a pattern a class of its own; all others share class 0.
 
-    data  uint8[num_bytes]. Returns class_of uint8[256], num_classes.
+    data  uint8[num_bytes], at most 255 distinct (UTF-8 and both marks have 245). Returns class_of
+    uint8[256], num_classes.
     """
     class_of = np.zeros(256, np.uint8)
     for i in range(data.shape[0]):
@@ -41,7 +42,8 @@ def build_trie(data, offsets, class_of, num_classes, max_states):
     end_state int32[num_patterns]. Above `max_states` it stops at once: goto has no rows then.
     """
     num_patterns = offsets.shape[0] - 1
-    goto = np.zeros((data.shape[0] + 1, num_classes), np.int32)
+    # numba's zeros are written, not mapped: rows that can never be used would cost memory.
+    goto = np.zeros((max(min(data.shape[0] + 1, max_states), 1), num_classes), np.int32)
     node = np.zeros(num_patterns, np.int32)
     num_states = 1
     depth = 0

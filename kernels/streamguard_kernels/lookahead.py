@@ -225,47 +225,46 @@ def tokens_with_whole_patterns(
 
 
 @njit(cache=True, nogil=True)
-def walk_completes(t, lo, hi, states, pending, token, ends, group, scratch, buffer, events, counter):
-    """Exact and slow: walk `token` from `states`, look at every rule that completes.
+def walk_completes(t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, none):
+    """Slow and sure: walk `token` from `states` and look at the most severe rule that completes.
 
-    ends = UNSEEN | LAST bits. scratch int64[hi - lo]; events int64[capacity, 2], counter int64[1].
+    ends = UNSEEN | LAST bits. scratch int64[hi - lo]; none (int64[0, 2], int64[1]): no events wanted.
     """
     for i in range(hi - lo):
         scratch[i] = states[i]
-    counter[0] = 0
+    best = np.int64(-1)
     if (ends & UNSEEN) == 0:
-        pending, _ = feed_token(t, lo, hi, scratch, pending, token, buffer, -1, 0, events, counter)
+        pending, best = feed_token(
+            t, lo, hi, scratch, pending, token, buffer, best, 0, none[0], none[1]
+        )
     if ends & LAST:
-        feed_end(t, lo, hi, scratch, pending, buffer, -1, 0, events, counter)
-    for e in range(min(counter[0], events.shape[0])):
-        if group[events[e, 1]]:
-            return True
-    return counter[0] > events.shape[0]
+        best = feed_end(t, lo, hi, scratch, pending, buffer, best, 0, none[0], none[1])
+    return best >= 0 and rule_in_group[best] != 0
 
 
 @njit(cache=True, nogil=True)
 def mark_forbidden(
-    t, r, p, states, pending, hidden, end_tokens, end_ends, last, rule_in_group, forbidden
+    t, r, p, states, pending, hidden, end_tokens, end_bits, last, rule_in_group, forbidden
 ):
     """Set forbidden[token] = 1 for each token that would complete a match of the group.
 
+    A token that completes a more severe group's match too may be left out: whoever cares marks that
+    group as well.
     p           the slot's policy; states int64[max_tracks]; pending int64; hidden 0/1.
-    end_tokens  int64[num_ends]: tokens that end the text; end_ends uint8[num_ends] as `ends`.
+    end_tokens  int64[num_ends]: tokens that end the text; end_bits: what they do, as `ends`.
     last        1 = whatever token comes next is the last of the text: each one is walked.
     rule_in_group uint8[num_rules]. forbidden uint8[num_tokens], in/out.
     """
     lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
     buffer = np.empty(MAX_MAPPED_BYTES, np.uint8)
     scratch = np.empty(hi - lo, np.int64)
-    events = np.empty((64, 2), np.int64)
-    counter = np.zeros(1, np.int64)
+    none = (np.empty((0, 2), np.int64), np.zeros(1, np.int64))
     num_tokens = t.token_special.shape[0]
     if last:
         for token in range(num_tokens):
             ends = (UNSEEN | LAST) if (hidden and t.token_special[token]) else LAST
             if walk_completes(
-                t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, events,
-                counter,
+                t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, none
             ):
                 forbidden[token] = 1
     else:
@@ -306,21 +305,20 @@ def mark_forbidden(
             for k in range(r.continuation.shape[0]):
                 token = r.continuation[k]
                 forbidden[token] = walk_completes(
-                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, events,
-                    counter,
+                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, none
                 )
         for k in range(r.visible.shape[0]):
             token = r.visible[k]
             forbidden[token] = 0
             if not hidden:
                 forbidden[token] = walk_completes(
-                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, events,
-                    counter,
+                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, none
                 )
     for k in range(end_tokens.shape[0]):
-        forbidden[end_tokens[k]] = walk_completes(
-            t, lo, hi, states, pending, end_tokens[k], end_ends[k], rule_in_group, scratch, buffer,
-            events, counter,
+        token = end_tokens[k]
+        ends = np.int64(end_bits) | ((hidden and t.token_special[token]) * UNSEEN)
+        forbidden[token] = walk_completes(
+            t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, none
         )
 
 

@@ -24,25 +24,13 @@ from streamguard_kernels.lookahead import (
 from streamguard_kernels.utf8 import AFTER_NONWORD, map_tokens
 
 from streamguard.compiler.mapping import Mapping, character_tables
+from streamguard.compiler.rules import MASK, STOP, CompiledRule, RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
-from streamguard.policy import SEVERITY, PolicySet, Rule
+from streamguard.policy import PolicySet
 
-#: Groups of rules that the look-ahead tells apart (bits of `Tables.groups`).
-MASK, STOP, OBSERVE = 1, 2, 4
-_GROUP = {"halt": STOP, "redirect": STOP, "mask": MASK, "redact": OBSERVE, "observe": OBSERVE}
 #: Most bytes that the transition tables of one policy set may take.
 MAX_TABLE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class CompiledRule:
-    """A rule, where it belongs, and how it ranks (lower = more severe)."""
-
-    policy: str
-    rule: Rule
-    group: int
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -69,15 +57,12 @@ class _Automaton:
 class Program:
     """What the engines need of a policy set and a vocabulary. Make one with `compile_program`.
 
-    tables      see `Tables`; rules: all policies' rules by global rule index; policies: names by
-                policy index; max_tracks, max_depth: widest policy, longest mapped pattern.
+    table       the rules; tables: see `Tables`; max_tracks, max_depth: most tracks of a policy,
+                longest mapped pattern.
     """
 
+    table: RuleTable
     tables: Tables
-    rules: tuple[CompiledRule, ...]
-    policies: tuple[str, ...]
-    default_policy: int
-    vocabulary: Vocabulary
     policy_sha256: str
     compile_seconds: float
     max_tracks: int
@@ -94,15 +79,25 @@ class Program:
         """Bytes of all tables, token bytes included."""
         return sum(array.nbytes for array in self.tables)
 
-    def policy_rules(self, policy: int) -> tuple[CompiledRule, ...]:
-        """The rules of one policy, most severe first."""
-        name = self.policies[policy]
-        return tuple(sorted((r for r in self.rules if r.policy == name), key=lambda r: r.rank))
+    @property
+    def rules(self) -> tuple[CompiledRule, ...]:
+        return self.table.rules
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        return self.table.policies
+
+    @property
+    def default_policy(self) -> int:
+        return self.table.default_policy
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.table.vocabulary
 
     def uses(self, group: int, policy: int | None = None) -> bool:
         """Whether any rule (of one policy) belongs to the group."""
-        name = None if policy is None else self.policies[policy]
-        return any(r.group & group and name in (None, r.policy) for r in self.rules)
+        return self.table.uses(group, policy)
 
     @cached_property
     def mask_ranges(self) -> Ranges:
@@ -195,8 +190,8 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
     """
     started = time.perf_counter()
     vocabulary = vocabulary or Vocabulary.empty()
-    names = tuple(policies.policies)
-    rules = _rank([(name, rule) for name in names for rule in policies.policies[name].rules])
+    table = RuleTable.from_policies(policies, vocabulary)
+    names, rules = table.policies, table.rules
     rank = np.array([r.rank for r in rules], np.int32)
     group = np.array([r.group for r in rules], np.uint8)
 
@@ -228,29 +223,14 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
 
     tables = _join(vocabulary, mappings, automata, tracks, policy_tracks, rank)
     return Program(
+        table,
         tables,
-        rules,
-        names,
-        names.index(policies.default),
-        vocabulary,
         policies.sha256,
         time.perf_counter() - started,
         int(np.diff(tables.policy_tracks).max()),
         max(int(np.diff(a.pattern_offsets).max()) for a in automata),
         tuple(automata),
         tuple(index for index, _ in tracks),
-    )
-
-
-def _rank(rules: list[tuple[str, Rule]]) -> tuple[CompiledRule, ...]:
-    """Number rules by severity; within one action the earlier rule wins."""
-    by_severity = sorted(
-        range(len(rules)), key=lambda i: (SEVERITY.index(rules[i][1].action), i)
-    )
-    ranks = {index: rank for rank, index in enumerate(by_severity)}
-    return tuple(
-        CompiledRule(name, rule, _GROUP[rule.action], ranks[i])
-        for i, (name, rule) in enumerate(rules)
     )
 
 

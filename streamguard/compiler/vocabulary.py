@@ -173,7 +173,7 @@ def _check(name: str, backend: Any, token_bytes: list[bytes], added: set[int], k
 def _spare_ids(
     tokenizer: Any, vocabulary: Vocabulary, known: int, added: dict[int, Any]
 ) -> tuple[int, ...]:
-    """Ids for verdicts: vocabulary padding, reserved tokens, unk/pad/bos, idle special tokens."""
+    """Ids for verdicts: vocabulary padding, reserved and idle special tokens, then unk, pad, bos."""
     eos = set(vocabulary.eos_token_ids) | {tokenizer.eos_token_id}
     template = tokenizer.chat_template or ""
     if not isinstance(template, str):
@@ -181,14 +181,17 @@ def _spare_ids(
     specials = {i: token.content for i, token in added.items() if token.special and i not in eos}
     spare = list(range(known, len(vocabulary)))
     spare += [i for i, text in specials.items() if _RESERVED.search(text)]
-    for name in ("unk_token_id", "pad_token_id", "bos_token_id"):
-        token_id = getattr(tokenizer, name, None)
-        if token_id in specials and not (name == "unk_token_id" and _produces_unk(tokenizer)):
-            if specials[token_id] not in template or name == "bos_token_id":
-                spare.append(int(token_id))
     spare += [
         i for i, text in specials.items() if not _USED.search(text) and text not in template
     ]
+    for name in ("unk_token_id", "pad_token_id", "bos_token_id"):
+        token_id = getattr(tokenizer, name, None)
+        if (
+            token_id in specials
+            and specials[token_id] not in template
+            and not (name == "unk_token_id" and _produces_unk(tokenizer))
+        ):
+            spare.append(int(token_id))
     return tuple(dict.fromkeys(spare))
 
 

@@ -1,0 +1,197 @@
+"""Prometheus metrics, written where the work is done and read on vLLM's own /metrics.
+
+With PROMETHEUS_MULTIPROC_DIR set, vLLM and streamguard share that folder. Without it streamguard
+keeps a private folder: workers write memory-mapped files there, the API process registers a
+collector over them. The folder is new with every start, so no stale value survives a killed server.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, metrics, values
+from prometheus_client.multiprocess import MultiProcessCollector
+
+_FOLDER = "STREAMGUARD_METRICS_DIR"
+_SHARED = "PROMETHEUS_MULTIPROC_DIR"
+_PREFIX = "streamguard-metrics-"
+PHASES = ("commit", "mask", "decide")
+#: 1 µs to 100 ms: a healthy step is a few µs a row.
+_BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class _Collector(MultiProcessCollector):  # type: ignore[misc]
+    """Reads the private folder; gauges of dead processes are dropped first."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+        super().__init__(None, path=folder)
+
+    def collect(self) -> Any:
+        for file in self._folder.glob("gauge_live*_*.db"):
+            pid = file.stem.rsplit("_", 1)[1]
+            if pid.isdigit() and not _alive(int(pid)):
+                file.unlink(missing_ok=True)
+        return super().collect()
+
+
+def expose() -> None:
+    """Make this process (the one that serves /metrics) show what its children write.
+
+    Called before children start, so that they inherit the folder's name. Idempotent.
+    """
+    if os.environ.get(_SHARED) or os.environ.get(_FOLDER):
+        return
+    _remove_leftovers()
+    folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+    os.environ[_FOLDER] = folder
+    REGISTRY.register(_Collector(folder))
+    owner = os.getpid()
+
+    def clean() -> None:
+        if os.getpid() == owner:  # forked children inherit this hook
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(clean)
+
+
+def _remove_leftovers() -> None:
+    """Delete folders whose server was killed before it could."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = folder.name[len(_PREFIX) :].split("-", 1)[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _private_values() -> Iterator[None]:
+    """Let metrics created inside keep their values in the private folder."""
+    folder = os.environ.get(_FOLDER)
+    if os.environ.get(_SHARED) or not folder:
+        yield
+        return
+    before = metrics.values.ValueClass
+    os.environ[_SHARED] = folder
+    metrics.values.ValueClass = values.MultiProcessValue()
+    try:
+        yield
+    finally:
+        metrics.values.ValueClass = before
+        del os.environ[_SHARED]
+
+
+class Metrics:
+    """The metrics of one process. All label sets are made at construction: none appears later.
+
+    verdict_labels  (rule, category, action, stage) of every rule that can fire here.
+    Labels carry ids from the policy file only: never text, tokens or request ids.
+    """
+
+    def __init__(
+        self, verdict_labels: Iterable[tuple[str, str, str, str]], policies: Iterable[str]
+    ) -> None:
+        registry = None  # values live in the folder; this process's own registry is not asked
+        with _private_values():
+            self._active = Gauge(
+                "streamguard_active",
+                "1 once the guard is attested to be in place",
+                registry=registry,
+                multiprocess_mode="livemin",
+            )
+            self._info = Gauge(
+                "streamguard_policy_info",
+                "Policies in force",
+                ["policy", "sha256"],
+                registry=registry,
+                multiprocess_mode="livemax",
+            )
+            requests = Counter(
+                "streamguard_requests_total", "Guarded requests", ["policy"], registry=registry
+            )
+            self._requests = {policy: requests.labels(policy) for policy in policies}
+            self._tokens = Counter(
+                "streamguard_tokens_total", "Tokens decided on", registry=registry
+            )
+            verdicts = Counter(
+                "streamguard_verdicts_total",
+                "Verdicts",
+                ["rule", "category", "action", "stage"],
+                registry=registry,
+            )
+            self._verdicts = {labels: verdicts.labels(*labels) for labels in verdict_labels}
+            seconds = Histogram(
+                "streamguard_step_seconds",
+                "Time the guard took of one engine step",
+                ["phase"],
+                registry=registry,
+                buckets=_BUCKETS,
+            )
+            self._seconds = {phase: seconds.labels(phase) for phase in PHASES}
+            errors = Counter(
+                "streamguard_errors_total", "Errors inside the guard", ["kind"], registry=registry
+            )
+            self._errors = {kind: errors.labels(kind) for kind in ("request", "step")}
+            self._compile = Gauge(
+                "streamguard_compile_seconds",
+                "Time to compile the policies at start",
+                registry=registry,
+                multiprocess_mode="livemax",
+            )
+            self._bytes = Gauge(
+                "streamguard_automaton_bytes",
+                "Memory of the compiled tables",
+                registry=registry,
+                multiprocess_mode="livemax",
+            )
+
+    def started(self, sha256_of: dict[str, str], compile_seconds: float, size_bytes: int) -> None:
+        """Note that the guard is attested and in force in this worker."""
+        with _private_values():
+            for policy, sha256 in sha256_of.items():
+                self._info.labels(policy, sha256).set(1)
+        self._compile.set(compile_seconds)
+        self._bytes.set(size_bytes)
+        self._active.set(1)
+
+    def request(self, policy: str) -> None:
+        """Count an admitted request."""
+        self._requests[policy].inc()
+
+    def error(self, kind: str) -> None:
+        """Count an error: `request` = refused at admission, `step` = inside a step."""
+        self._errors[kind].inc()
+
+    def tokens(self, count: int) -> None:
+        """Count tokens that a decision was made on."""
+        self._tokens.inc(count)
+
+    def verdict(self, labels: tuple[str, str, str, str]) -> None:
+        """Count a verdict."""
+        self._verdicts[labels].inc()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Observe how long the block takes, in seconds."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase].observe(time.perf_counter() - started)

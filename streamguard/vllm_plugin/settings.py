@@ -1,0 +1,147 @@
+"""Where the policy comes from, and everything that it compiles to for the served model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from streamguard.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from streamguard.compiler.program import Program
+    from streamguard.compiler.rules import RuleTable
+    from streamguard.metrics import Metrics
+    from streamguard.policy import PolicySet
+    from streamguard.verdict import VerdictCodes
+
+POLICY_VARIABLE = "STREAMGUARD_POLICY"
+REQUIRED_VARIABLE = "STREAMGUARD_REQUIRED"
+#: Key of `--additional-config` and of a request's extra_args.
+KEY = "streamguard"
+
+
+def required() -> bool:
+    """Whether the operator said that nothing may be served without a guard."""
+    return os.environ.get(REQUIRED_VARIABLE, "") not in ("", "0")
+
+
+def policy_path(vllm_config: VllmConfig) -> str | None:
+    """The configured policy file or folder, None if there is none.
+
+    Raises ConfigurationError for an additional-config entry that cannot be read.
+    """
+    additional = getattr(vllm_config, "additional_config", None)
+    if isinstance(additional, dict) and KEY in additional:
+        entry = additional[KEY]
+        unknown = set(entry) - {"policy", "sha256"} if isinstance(entry, dict) else {"?"}
+        if unknown or not isinstance(entry.get("policy"), str):
+            raise ConfigurationError(
+                f'--additional-config: "{KEY}" is {entry!r}; allowed: {{"policy": "FILE"}}. '
+                f"What is not understood would leave the engine unguarded. Correct it."
+            )
+        return str(entry["policy"])
+    return os.environ.get(POLICY_VARIABLE) or None
+
+
+def load_policies(vllm_config: VllmConfig) -> PolicySet | None:
+    """The policies in force; None if the plugin is inert.
+
+    Raises PolicyError, or ConfigurationError if the files changed since the engine was configured.
+    """
+    path = policy_path(vllm_config)
+    if path is None:
+        return None
+    from streamguard.policy import PolicySet
+
+    policies = PolicySet.load(path)
+    additional = vllm_config.additional_config
+    expected = additional.get(KEY, {}).get("sha256") if isinstance(additional, dict) else None
+    if expected not in (None, policies.sha256):
+        raise ConfigurationError(
+            f"{path}: the policy has sha256 {policies.sha256[:12]}…, the engine was configured with "
+            f"{expected[:12]}…; it was changed while the engine started. Start again."
+        )
+    return policies
+
+
+@dataclass(frozen=True)
+class Context:
+    """Policies, rules and codes for one served model; the automata only on demand (workers)."""
+
+    policies: PolicySet
+    table: RuleTable
+    codes: VerdictCodes
+
+    @classmethod
+    def from_config(cls, vllm_config: VllmConfig) -> Context | None:
+        """Build from the engine's configuration; None if no policy is configured. Cached."""
+        policies = load_policies(vllm_config)
+        if policies is None:
+            return None
+        model = vllm_config.model_config
+        return _build(policies.sha256, _Key(policies, vllm_config), model.get_vocab_size())
+
+    @cached_property
+    def program(self) -> Program:
+        """The compiled automata."""
+        from streamguard.compiler.program import compile_program
+
+        return compile_program(self.policies, self.table.vocabulary)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """This process's metrics."""
+        from streamguard.metrics import Metrics
+
+        return Metrics(map(self.labels, range(len(self.table.rules))), self.table.policies)
+
+    def labels(self, rule: int) -> tuple[str, str, str, str]:
+        """Metric labels of a rule by global index."""
+        found = self.table.rules[rule].rule
+        return found.id, found.category, found.action, found.stage
+
+
+class _Key:
+    """Carries what `_build` needs past lru_cache; equal for equal tokenizers."""
+
+    def __init__(self, policies: PolicySet, vllm_config: VllmConfig) -> None:
+        self.policies = policies
+        self.config = vllm_config
+        model = vllm_config.model_config
+        self._key = (model.tokenizer, model.tokenizer_revision, model.model, model.tokenizer_mode)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._key == other._key
+
+
+@lru_cache(maxsize=8)
+def _build(sha256: str, key: _Key, vocab_size: int) -> Context:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from streamguard.compiler.rules import RuleTable
+    from streamguard.compiler.vocabulary import Vocabulary
+    from streamguard.verdict import VerdictCodes
+
+    model = key.config.model_config
+    tokenizer: Any = cached_tokenizer_from_config(model)
+    eos = (model.try_get_generation_config() or {}).get("eos_token_id")
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    if tokenizer.eos_token_id is not None:
+        ids.insert(0, tokenizer.eos_token_id)
+    vocabulary = Vocabulary.from_tokenizer(
+        tokenizer, vocab_size=vocab_size, eos_token_ids=tuple(dict.fromkeys(map(int, ids)))
+    )
+    table = RuleTable.from_policies(key.policies, vocabulary)
+    codes = VerdictCodes.from_table(
+        table,
+        lambda text: tokenizer.encode(text, add_special_tokens=False),
+        lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
+    )
+    return Context(key.policies, table, codes)
