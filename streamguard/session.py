@@ -18,6 +18,7 @@ from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
 
 _EVENTS = 4096
+_NO_EVENTS = np.zeros((0, 2), np.int64)
 _NEVER_LAST = np.zeros(0, np.uint8)
 
 
@@ -109,7 +110,7 @@ class Session:
                 # In the middle of a text nothing is known of the character before the tail.
                 self._state[slot, : hi - lo] = t.track_base[lo:hi]
             self._end_tokens[slot] = -1  # what ends the text does not end its prompt
-            self._walk(np.full(len(tail), slot), tail)
+            self._walk(np.full(len(tail), slot), tail, _NO_EVENTS)
             self._end_tokens[slot, : len(end_tokens)] = end_tokens
             twins = t.track_twin[lo:hi].astype(bool)
             self._state[slot, : hi - lo][twins] = t.track_start[lo:hi][twins]
@@ -127,7 +128,12 @@ class Session:
         Raises ShapeError for ids out of range or lengths that differ; nothing is committed then.
         """
         rows, tokens = self._checked(slots, token_ids)
-        return self._walk(rows, tokens)
+        state, pending = self._state.copy(), self._pending.copy()
+        best = self._walk(rows, tokens, self._events)
+        if self._missed_events():
+            self._state, self._pending = state, pending
+            best = self._walk(rows, tokens, self._events)
+        return best + 1
 
     def peek(
         self, slots: ArrayLike, token_ids: ArrayLike, last: ArrayLike | None = None
@@ -141,17 +147,19 @@ class Session:
         if len(ends) not in (0, len(rows)):
             raise ShapeError(f"last has {len(ends)} entries for {len(rows)} rows; give one a row.")
         best = np.empty(len(rows), np.int64)
-        self._num_events[0] = 0
-        peek_kernel(
-            self._tables, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
-            self._end_bits, self._state, self._pending, best, self._events, self._num_events,
-        )  # fmt: skip
-        return best + 1
+        while True:
+            self._num_events[0] = 0
+            peek_kernel(
+                self._tables, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
+                self._end_bits, self._state, self._pending, best, self._events, self._num_events,
+            )  # fmt: skip
+            if not self._missed_events():
+                return best + 1
 
     def events(self) -> list[tuple[int, int]]:
         """(row, rule index) of every rule that completed in the last `advance` or `peek`."""
-        count = min(int(self._num_events[0]), _EVENTS)
-        return sorted({(int(row), int(rule)) for row, rule in self._events[:count]})
+        seen = self._events[: self._num_events[0]].tolist()
+        return sorted({(row, rule) for row, rule in seen})
 
     def forbidden(self, slot: int, *, last: bool = False) -> NDArray[np.int64]:
         """Token ids that would now complete a match of a mask, halt or redirect rule, sorted.
@@ -233,15 +241,24 @@ class Session:
             forbidden,
         )
 
-    def _walk(self, slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _missed_events(self) -> bool:
+        """Whether there were more events than room; there is room for them then."""
+        if self._num_events[0] <= len(self._events):
+            return False
+        self._events = np.zeros((2 * int(self._num_events[0]), 2), np.int64)
+        return True
+
+    def _walk(
+        self, slots: NDArray[np.int64], tokens: NDArray[np.int64], events: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
         best = np.empty(len(slots), np.int64)
         self._num_events[0] = 0
         advance_kernel(
             self._tables, slots, tokens, _NEVER_LAST, self._policy, self._hidden,
-            self._end_tokens, self._end_bits, self._state, self._pending, best, self._events,
+            self._end_tokens, self._end_bits, self._state, self._pending, best, events,
             self._num_events,
         )  # fmt: skip
-        return best + 1
+        return best
 
     def _tail(self, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
         """The last tokens of the prompt that can still matter: they hold as much as a pattern."""

@@ -24,6 +24,7 @@ STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
 #: What the end of a text does to its token: its own text is not read; nothing follows it.
 UNSEEN, LAST = 1, 2
+# Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
 class Tables(NamedTuple):
@@ -139,7 +140,7 @@ def _feed_character(t, lo, hi, states, code_point, buffer, best, row, events, nu
             t.map_offsets, t.map_data, buffer,
         )
         states[track - lo], best = _feed_mapped(
-            t, track, states[track - lo], buffer, 0, n, best, row, events, num_events
+            t, track, states[track - lo], buffer, np.int64(0), n, best, row, events, num_events
         )
     return best
 
@@ -176,7 +177,7 @@ def feed_token(t, lo, hi, states, pending, token, buffer, best, row, events, num
         pending, broken, code_point = utf8_step(pending, np.int64(t.raw_data[i]))
         if broken:
             best = _feed_character(
-                t, lo, hi, states, REPLACEMENT, buffer, best, row, events, num_events
+                t, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
             )
         if code_point >= 0:
             best = _feed_character(
@@ -190,15 +191,16 @@ def feed_end(t, lo, hi, states, pending, buffer, best, row, events, num_events):
     """Tell all tracks that the text ends here: an unfinished character breaks, a word closes."""
     if pending != 0:
         best = _feed_character(
-            t, lo, hi, states, REPLACEMENT, buffer, best, row, events, num_events
+            t, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
         )
     for track in range(lo, hi):
         mapping = t.track_mapping[track]
         if t.mapping_form[mapping] >= 0 and t.mapping_wrap[mapping]:
             buffer[0] = BEFORE_NONWORD
             states[track - lo], best = _feed_mapped(
-                t, track, states[track - lo], buffer, 0, 1, best, row, events, num_events
-            )
+                t, track, states[track - lo], buffer, np.int64(0), np.int64(1), best, row, events,
+                num_events,
+            )  # fmt: skip
     return best
 
 

@@ -399,7 +399,7 @@ def _utf8_step(pending, byte):
 
 @triton.jit
 def _lane(t, track):
-    """What a walk needs to know of its tracks; `track` is one or one a lane."""
+    """What a walk needs to know of its tracks: one of each a lane."""
     fields = t.tracks + track * _TRACK_FIELDS
     return (
         track,
@@ -492,7 +492,7 @@ def _feed_token(
 ):
     """Walk the live lanes over one visible token each; see `advance.feed_token`.
 
-    pending and token are one or one a lane. Returns (state, pending of each lane, best, seen).
+    Returns (state, pending, best, seen).
     """
     form = lane[5]
     raw_begin = tl.load(t.raw_offsets + token)
@@ -565,6 +565,8 @@ def _walk(
     RECORD: tl.constexpr,
 ):
     """What `advance_kernel` does with one token: its text, then the text's end if it ends here."""
+    # One value a lane from here on: the interpreter does not mix truth values of both shapes.
+    token, pending, ends = token + state * 0, pending + state * 0, ends + state * 0
     skipped = hidden & tl.load(t.token_special + token).to(tl.int32)
     shown = live & ((ends & _UNSEEN) == 0) & (skipped == 0)
     state, pending, best, seen = _feed_token(
@@ -690,9 +692,9 @@ def _decide_kernel(
         )  # fmt: skip
         bit = tl.arange(0, 64)
         found = tl.max(((seen[:, None] >> bit[None, :].to(tl.int64)) & 1).to(tl.int32), axis=0)
-        counts = (found != 0) & (bit < _PAGE) & committed
+        found *= committed.to(tl.int32)
         one = tl.full((64,), 1, tl.int64)
-        tl.atomic_add(s.counts + first + bit, one, mask=counts, sem="relaxed")
+        tl.atomic_add(s.counts + first + bit, one, mask=(found != 0) & (bit < _PAGE), sem="relaxed")
         more = tl.max(tl.where(bit == _PAGE, found, 0), axis=0)
         first += _PAGE
     rank = tl.min(best, axis=0)
@@ -749,7 +751,7 @@ def _mask_kernel(
         if (twin == 0) | (now != before):  # twins that have met complete the same
             state = tl.full((BLOCK,), 0, tl.int32) + now
             _, _, best, seen = _walk(
-                t, s, slot, _lane(t, track), live, state, pending, token, ends, hidden, num_tokens,
+                t, s, slot, _lane(t, token * 0 + track), live, state, pending, token, ends, hidden, num_tokens,
                 best, seen, 0, _BEST,
             )  # fmt: skip
         before = now

@@ -24,6 +24,8 @@ from streamguard_kernels.advance import (
 )
 from streamguard_kernels.utf8 import MAX_MAPPED_BYTES, REPLACEMENT, map_character
 
+_WALK = 4
+
 
 class Ranges(NamedTuple):
     """Look-ahead of one group of rules over all tracks; frozen.
@@ -228,17 +230,19 @@ def tokens_with_whole_patterns(
 def walk_completes(t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, none):
     """Slow and sure: walk `token` from `states` and look at the most severe rule that completes.
 
-    ends = UNSEEN | LAST bits. scratch int64[hi - lo]; none (int64[0, 2], int64[1]): no events wanted.
+    ends = UNSEEN | LAST bits. scratch int64[hi - lo]; none (int64[0, 2], int64[1]): no events.
     """
     for i in range(hi - lo):
         scratch[i] = states[i]
     best = np.int64(-1)
     if (ends & UNSEEN) == 0:
         pending, best = feed_token(
-            t, lo, hi, scratch, pending, token, buffer, best, 0, none[0], none[1]
+            t, lo, hi, scratch, pending, token, buffer, best, np.int64(0), none[0], none[1]
         )
     if ends & LAST:
-        best = feed_end(t, lo, hi, scratch, pending, buffer, best, 0, none[0], none[1])
+        best = feed_end(
+            t, lo, hi, scratch, pending, buffer, best, np.int64(0), none[0], none[1]
+        )
     return best >= 0 and rule_in_group[best] != 0
 
 
@@ -250,6 +254,7 @@ def mark_forbidden(
 
     A token that completes a more severe group's match too may be left out: whoever cares marks that
     group as well.
+
     p           the slot's policy; states int64[max_tracks]; pending int64; hidden 0/1.
     end_tokens  int64[num_ends]: tokens that end the text; end_bits: what they do, as `ends`.
     last        1 = whatever token comes next is the last of the text: each one is walked.
@@ -257,17 +262,10 @@ def mark_forbidden(
     """
     lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
     buffer = np.empty(MAX_MAPPED_BYTES, np.uint8)
-    scratch = np.empty(hi - lo, np.int64)
-    none = (np.empty((0, 2), np.int64), np.zeros(1, np.int64))
     num_tokens = t.token_special.shape[0]
-    if last:
-        for token in range(num_tokens):
-            ends = (UNSEEN | LAST) if (hidden and t.token_special[token]) else LAST
-            if walk_completes(
-                t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, none
-            ):
-                forbidden[token] = 1
-    else:
+    # Tokens that no range speaks for are walked: _WALK and what they do to the text.
+    walks = np.full(num_tokens, _WALK | LAST, np.uint8) if last else np.zeros(num_tokens, np.uint8)
+    if not last:
         for track in range(lo, hi):
             mapping = t.track_mapping[track]
             state = states[track - lo]
@@ -276,7 +274,7 @@ def mark_forbidden(
                 n = map_character(
                     REPLACEMENT, t.mapping_wrap[mapping], t.page_of[t.mapping_form[mapping]],
                     t.entries, t.map_offsets, t.map_data, buffer,
-                )
+                )  # fmt: skip
                 completed = False
                 for i in range(n):
                     entry = np.int64(t.trans[state + t.class_of[track, buffer[i]]])
@@ -303,23 +301,21 @@ def mark_forbidden(
                 forbidden[r.whole[k]] = 1
         if pending != 0:
             for k in range(r.continuation.shape[0]):
-                token = r.continuation[k]
-                forbidden[token] = walk_completes(
-                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, none
-                )
-        for k in range(r.visible.shape[0]):
-            token = r.visible[k]
-            forbidden[token] = 0
-            if not hidden:
-                forbidden[token] = walk_completes(
-                    t, lo, hi, states, pending, token, 0, rule_in_group, scratch, buffer, none
-                )
+                walks[r.continuation[k]] = _WALK
+        if not hidden:
+            for k in range(r.visible.shape[0]):
+                walks[r.visible[k]] = _WALK
     for k in range(end_tokens.shape[0]):
-        token = end_tokens[k]
-        ends = np.int64(end_bits) | ((hidden and t.token_special[token]) * UNSEEN)
-        forbidden[token] = walk_completes(
-            t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, none
-        )
+        walks[end_tokens[k]] = _WALK | end_bits
+    scratch = np.empty(hi - lo, np.int64)
+    none = (np.empty((0, 2), np.int64), np.zeros(1, np.int64))
+    for token in range(num_tokens):
+        if walks[token]:
+            unseen = UNSEEN if hidden and t.token_special[token] else 0
+            forbidden[token] = walk_completes(
+                t, lo, hi, states, pending, token, walks[token] | unseen, rule_in_group, scratch,
+                buffer, none,
+            )  # fmt: skip
 
 
 @njit(cache=True, nogil=True)

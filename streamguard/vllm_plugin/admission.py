@@ -41,13 +41,13 @@ def process_inputs(
         request = original(self, request_id, prompt, params, *args, **kwargs)
         complete(context, policy, request.sampling_params)
     except Exception as error:
-        context.metrics.error("request")
+        context.admission_metrics.refused()
         if isinstance(error, RequestError):
             from vllm.exceptions import VLLMValidationError
 
             raise VLLMValidationError(str(error)) from None
         raise
-    context.metrics.request(policy)
+    context.admission_metrics.request(policy)
     return request
 
 
@@ -130,14 +130,18 @@ def wrap_beam_search(wrap: Callable[[Any, str, Callable[..., Any]], None]) -> No
     from vllm.entrypoints.generate.beam_search import offline, online
 
     def refuse(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _has_policy(self):
-            from vllm.exceptions import VLLMValidationError
+        processor = _input_processor(self)
+        context = getattr(processor, "_streamguard", None)
+        if processor is not None and context is None:
+            return original(self, *args, **kwargs)
+        if context is not None:
+            context.admission_metrics.refused()
+        from vllm.exceptions import VLLMValidationError
 
-            raise VLLMValidationError(
-                "use_beam_search: beam search is not guarded: each of its steps is a request of "
-                "its own. Use sampling (n > 1 with temperature) instead."
-            )
-        return original(self, *args, **kwargs)
+        raise VLLMValidationError(
+            "use_beam_search: beam search is not guarded: each of its steps is a request of its "
+            "own. Use sampling (n > 1 with temperature) instead."
+        )
 
     for module in (offline, online):
         for owner in vars(module).values():
@@ -145,12 +149,12 @@ def wrap_beam_search(wrap: Callable[[Any, str, Callable[..., Any]], None]) -> No
                 wrap(owner, "beam_search", refuse)
 
 
-def _has_policy(entrypoint: Any) -> bool:
-    """Whether the engine behind an LLM or serving object is guarded; True when in doubt."""
+def _input_processor(entrypoint: Any) -> Any:
+    """The input processor behind an LLM or a serving object; None if it cannot be found."""
     for path in ("llm_engine.input_processor", "engine_client.input_processor", "input_processor"):
         found: Any = entrypoint
         for name in path.split("."):
             found = getattr(found, name, None)
         if found is not None:
-            return getattr(found, "_streamguard", True) is not None
-    return True
+            return found
+    return None

@@ -58,7 +58,7 @@ def load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
     if getattr(self, "is_driver_worker", True):
         program = context.program
         names = {name: policy.sha256 for name, policy in context.policies.policies.items()}
-        context.metrics.started(names, program.compile_seconds, program.size_bytes)
+        context.worker_metrics.started(names, program.compile_seconds, program.size_bytes)
         logger.info(
             "streamguard: in place (%s); %d states, %.1f MB, compiled in %.2f s",
             type(body).__name__,

@@ -52,7 +52,7 @@ class V1Body:
 
     def __init__(self, context: Context, vllm_config: Any) -> None:
         self.context = context
-        self.metrics = context.metrics
+        self.metrics = context.worker_metrics
         num_slots = 2 * vllm_config.scheduler_config.max_num_seqs
         self.guard = RowGuard(context.program, context.codes, num_slots)
         self.guard.warm_up()

@@ -23,7 +23,7 @@ class V2Body:
 
     def __init__(self, context: Context, vllm_config: Any, req_states: Any) -> None:
         self.context = context
-        self.metrics = context.metrics
+        self.metrics = context.worker_metrics
         self.guard = RowGuard(context.program, context.codes, req_states.max_num_reqs)
         self.guard.warm_up()
         self._max_model_len = vllm_config.model_config.max_model_len

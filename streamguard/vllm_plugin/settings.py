@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from streamguard.compiler.program import Program
     from streamguard.compiler.rules import RuleTable
-    from streamguard.metrics import Metrics
+    from streamguard.metrics import AdmissionMetrics, WorkerMetrics
     from streamguard.policy import PolicySet
     from streamguard.verdict import VerdictCodes
 
@@ -93,11 +93,19 @@ class Context:
         return compile_program(self.policies, self.table.vocabulary)
 
     @cached_property
-    def metrics(self) -> Metrics:
-        """This process's metrics."""
-        from streamguard.metrics import Metrics
+    def admission_metrics(self) -> AdmissionMetrics:
+        """Metrics of a frontend process."""
+        from streamguard.metrics import AdmissionMetrics
 
-        return Metrics(map(self.labels, range(len(self.table.rules))), self.table.policies)
+        return AdmissionMetrics(self.table.policies)
+
+    @cached_property
+    def worker_metrics(self) -> WorkerMetrics:
+        """Metrics of a worker process."""
+        from streamguard.metrics import WorkerMetrics
+
+        # Rules of several policies may share an id and labels; they share a counter then.
+        return WorkerMetrics(dict.fromkeys(map(self.labels, range(len(self.table.rules)))))
 
     def labels(self, rule: int) -> tuple[str, str, str, str]:
         """Metric labels of a rule by global index."""

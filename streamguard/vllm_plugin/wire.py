@@ -17,6 +17,15 @@ FINISH_REASON = "content_filter"
 _BY_SHA: dict[str, Context] = {}
 
 
+class _NoTokens(list[int]):
+    """An empty list that counts as something: vLLM's completions stream drops a chunk without text
+    and tokens as "still prefilling", and with it the finish_reason of a verdict at the first token.
+    """
+
+    def __bool__(self) -> bool:
+        return True
+
+
 class _Response:
     """Verdict of one response, while it is being read."""
 
@@ -108,9 +117,11 @@ def new_completion_output(
     """Around RequestState._new_completion_output: say why a response ended."""
     output = original(self, token_ids, finish_reason, stop_reason)
     response: _Response | None = getattr(self, "streamguard", None)
-    if response is not None and finish_reason is not None:
-        reason = response.stop_reason()
-        if reason is not None and output.finish_reason in ("stop", "length", "repetition"):
+    reason = None if response is None else response.stop_reason()
+    if reason is not None:
+        if not output.token_ids:
+            output.token_ids = _NoTokens()
+        if output.finish_reason in ("stop", "length", "repetition"):
             output.finish_reason = FINISH_REASON
             output.stop_reason = reason
     return output

@@ -1,0 +1,60 @@
+"""Compile every device kernel for sm_80 and sm_90 on a machine without a GPU; print their sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from streamguard_kernels import device
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+BYTES = {
+    "class_of", "rank_group", "token_data", "token_special", "raw_data", "map_data",
+}  # fmt: skip
+POINTERS = {
+    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+}  # fmt: skip
+
+
+def main() -> None:
+    slots = device.new_slots(2, 3, 4, "cpu")
+    tables = device.DeviceTables(
+        *("*u8" if name in BYTES else "*i32" for name in device.DeviceTables._fields)
+    )
+    common = {
+        "t": tables,
+        "s": device.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
+        "idx_mapping": "*i32",
+        "all_token_ids": "*i32",
+        "total_len": "*i32",
+        "sampled": "*i64",
+        "pos": "*i64",
+        "logits": "*fp32",
+    }
+    cases: list[tuple[Any, dict[str, object], dict[str, object]]] = [
+        (device._advance_kernel, {"TRACKS": 1}, {}),
+        (device._advance_kernel, {"TRACKS": 4}, {}),
+        (device._mask_kernel, {"BLOCK": 1024}, {}),
+        (device._decide_kernel, {"TRACKS": 4, "LOOK": False}, {"processed": "*i64"}),
+        (device._decide_kernel, {"TRACKS": 4, "LOOK": True}, {"processed": "*fp32"}),
+        (device._decide_kernel, {"TRACKS": 1, "LOOK": True}, {"processed": "*bf16"}),
+    ]
+    for kernel, constants, more in cases:
+        types = {**common, **more, **dict.fromkeys(constants, "constexpr")}
+        # Whatever else a kernel takes is a stride or a count.
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+        values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        for arch in (80, 90):
+            built = compile(
+                ASTSource(kernel, signature, constexprs=values),
+                target=GPUTarget("cuda", arch, 32),
+                options={"num_warps": 1 if "TRACKS" in constants else 4},
+            )
+            size = len(built.asm["cubin"])
+            print(f"sm_{arch} {kernel.__name__} {constants}: {size} bytes")
+
+
+if __name__ == "__main__":
+    main()

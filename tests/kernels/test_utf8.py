@@ -1,0 +1,153 @@
+"""Streaming UTF-8 and the character map, against Python's own decoder and case folding."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import random
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from streamguard_kernels.utf8 import (
+    AFTER_NONWORD,
+    BEFORE_NONWORD,
+    MAX_MAPPED_BYTES,
+    REPLACEMENT,
+    map_character,
+    map_tokens,
+    utf8_step,
+)
+
+from streamguard.compiler.mapping import Mapping, character_tables, is_word_character
+
+# Bytes at the edges of what the second byte of a character may be.
+EDGES = bytes.fromhex("00 7f 80 8f 90 9f a0 bf c0 c1 c2 df e0 e1 ec ed ee ef f0 f1 f3 f4 f5 fe ff")
+STRIDE = 7
+FORMS: tuple[tuple[str, ...], ...] = ((), ("case",))
+
+
+def feed_byte(pending: int, byte: int) -> tuple[int, str]:
+    pending, broken, code_point = utf8_step.py_func(pending, byte)
+    shown = "\ufffd" * broken + (chr(code_point) if code_point >= 0 else "")
+    return pending, shown
+
+
+def assert_reads_like_python(data: bytes) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pending, shown, expected = 0, "", ""
+    for byte in data:
+        pending, more = feed_byte(pending, byte)
+        shown += more
+        expected += decoder.decode(bytes([byte]))
+        # Python may call a sequence broken one byte later than we do, never with another outcome.
+        assert shown.startswith(expected)
+    assert shown + "\ufffd" * (pending != 0) == data.decode(errors="replace")
+
+
+@given(st.binary(max_size=64))
+@example(b"\xf0\x80\x80\xed\xa0\x80\xf4\x90\xe0\x9f\xc0\x80")
+def test_broken_utf8_reads_as_python_reads_it(data: bytes) -> None:
+    assert_reads_like_python(data)
+
+
+@given(st.lists(st.sampled_from(EDGES), max_size=24).map(bytes))
+def test_bytes_at_the_edges_of_ranges_read_as_python_reads_them(data: bytes) -> None:
+    assert_reads_like_python(data)
+
+
+def test_every_sequence_of_three_edge_bytes_reads_as_python_reads_it() -> None:
+    for data in itertools.product(EDGES, repeat=3):
+        assert_reads_like_python(bytes(data))
+
+
+@given(st.text(max_size=32))
+def test_valid_text_reads_as_itself(text: str) -> None:
+    pending, shown = 0, ""
+    for byte in text.encode():
+        pending, more = feed_byte(pending, byte)
+        shown += more
+    assert (pending, shown) == (0, text)
+
+
+def map_text(text: str, mapping: Mapping) -> bytes:
+    """`text` through the compiled tables, as one token."""
+    tables = character_tables(FORMS)
+    data = np.frombuffer(bytearray(text.encode()), np.uint8)
+    mapped, _, pending = map_tokens(
+        data, np.array([0, len(data)]), int(mapping.wrap),
+        tables.page_of[FORMS.index(mapping.normalize)], tables.entries, tables.map_offsets,
+        tables.map_data,
+    )  # fmt: skip
+    assert not pending.any()
+    return mapped.tobytes()
+
+
+def reference_map(text: str, mapping: Mapping) -> bytes:
+    out = []
+    for character in text:
+        folded = mapping.fold(character).encode()
+        if mapping.wrap and not is_word_character(character):
+            folded = bytes([BEFORE_NONWORD]) + folded + bytes([AFTER_NONWORD])
+        out.append(folded)
+    return b"".join(out)
+
+
+@pytest.mark.parametrize("boundary", ["none", "word"])
+@pytest.mark.parametrize("normalize", FORMS)
+def test_every_code_point_maps_as_the_mapping_says(
+    normalize: tuple[str, ...], boundary: str
+) -> None:
+    mapping = Mapping(normalize, boundary)
+    # All of the planes in which something folds, every seventh code point above.
+    points = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, STRIDE)]
+    text = "".join(map(chr, points))
+    assert map_text(text, mapping) == reference_map(text, mapping)
+
+
+@given(st.text(max_size=32))
+def test_texts_map_as_the_mapping_says(text: str) -> None:
+    for normalize, boundary in itertools.product(FORMS, ("none", "word")):
+        mapping = Mapping(normalize, boundary)
+        assert map_text(text, mapping) == reference_map(text, mapping)
+
+
+def test_no_character_maps_to_more_bytes_than_the_buffer_holds() -> None:
+    longest = max(len(chr(c).casefold().encode(errors="ignore")) for c in range(0x110000))
+    assert longest + 2 <= MAX_MAPPED_BYTES
+
+
+def test_one_character_maps_alone_as_within_a_token() -> None:
+    tables = character_tables(FORMS)
+    out = np.empty(MAX_MAPPED_BYTES, np.uint8)
+    for character in "aÄßİ-\n 中😀\u0301ﬃ":
+        count = map_character(
+            ord(character), 1, tables.page_of[1], tables.entries, tables.map_offsets,
+            tables.map_data, out,
+        )  # fmt: skip
+        assert out[:count].tobytes() == reference_map(character, Mapping(("case",), "word"))
+
+
+def test_tokens_map_each_on_its_own_with_their_unfinished_character(seed: int) -> None:
+    rng = random.Random(seed)
+    tables = character_tables(FORMS)
+    tokens = [rng.randbytes(rng.randint(0, 6)) for _ in range(400)]
+    tokens += ["ßİ-".encode()[: rng.randint(0, 5)] + bytes([rng.choice(EDGES)]) for _ in range(400)]
+    offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int64)
+    mapped, mapped_offsets, pending = map_tokens(
+        np.frombuffer(bytearray(b"".join(tokens)), np.uint8), offsets, 1, tables.page_of[1],
+        tables.entries, tables.map_offsets, tables.map_data,
+    )  # fmt: skip
+    for i, token in enumerate(tokens):
+        state, shown = 0, ""
+        for byte in token:
+            state, more = feed_byte(state, byte)
+            shown += more
+        expected = reference_map(shown, Mapping(("case",), "word"))
+        assert mapped[mapped_offsets[i] : mapped_offsets[i + 1]].tobytes() == expected, token
+        assert pending[i] == state
+
+
+def test_replacement_is_what_python_puts_for_broken_bytes() -> None:
+    assert chr(REPLACEMENT) == b"\xff".decode(errors="replace")
