@@ -131,7 +131,7 @@ class Session:
         state, pending = self._state.copy(), self._pending.copy()
         best = self._walk(rows, tokens, self._events)
         if self._missed_events():
-            self._state, self._pending = state, pending
+            self._state[:], self._pending[:] = state, pending
             best = self._walk(rows, tokens, self._events)
         return best + 1
 

@@ -105,10 +105,14 @@ class Vocabulary:
         token_bytes = _ordinary_bytes(tokenizer, backend, size)
         special = np.zeros(size, np.uint8)
         added = backend.get_added_tokens_decoder()
+        anchor = next(
+            (i for i in range(known) if i not in added and token_bytes[i].isalpha()), None
+        )
         for token_id, token in added.items():
-            token_bytes[token_id] = token.content.encode()
+            token_bytes[token_id] = _added_text(backend, token_id, token.content, anchor).encode()
             special[token_id] = token.special
-        _check(name, backend, token_bytes, set(added), known)
+        if anchor is not None:
+            _check(name, backend, token_bytes, set(added), known, anchor)
         if eos_token_ids is None:
             eos = tokenizer.eos_token_id
             eos_token_ids = () if eos is None else (int(eos),)
@@ -144,13 +148,20 @@ def _ordinary_bytes(tokenizer: Any, backend: Any, size: int) -> list[bytes]:
     return [piece if i in known else b"" for i, piece in enumerate(token_bytes)]
 
 
-def _check(name: str, backend: Any, token_bytes: list[bytes], added: set[int], known: int) -> None:
-    """Decode a sample of tokens behind an anchor, as a detokenizer does, and compare."""
-    anchor = next(
-        (i for i in range(known) if i not in added and token_bytes[i].isalpha()), None
-    )
+def _added_text(backend: Any, token_id: int, content: str, anchor: int | None) -> str:
+    """What an added token reads as: decoders apply to it too (`▁` may become a space)."""
     if anchor is None:
-        return
+        return content
+    before = backend.decode([anchor], skip_special_tokens=False)
+    both = backend.decode([anchor, token_id], skip_special_tokens=False)
+    shown = str(both.removeprefix(before))
+    return content if "\ufffd" in shown else shown
+
+
+def _check(
+    name: str, backend: Any, token_bytes: list[bytes], added: set[int], known: int, anchor: int
+) -> None:
+    """Decode a sample of tokens behind an anchor, as a detokenizer does, and compare."""
     before = backend.decode([anchor], skip_special_tokens=False)
     step = max(1, known // _CHECKED_TOKENS)
     for token_id in range(0, known, step):

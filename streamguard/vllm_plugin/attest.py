@@ -35,7 +35,7 @@ def load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
 
         found = sampler.logits_processors
     else:
-        from streamguard.vllm_plugin.sampler_v1 import guard_sampler
+        from streamguard.vllm_plugin.runner_v1 import guard_sampler
 
         found = list(runner.input_batch.logitsprocs.all)
         # Under async scheduling the output lists hold -1 unless a processor is known to read them;

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+from vllm.v1.sample.sampler import Sampler
 
-from streamguard.row_guard import RowGuard
-from streamguard.vllm_plugin import beside
-from streamguard.vllm_plugin.settings import KEY, Context
+from streamguard.errors import AttestationError
+from streamguard.vllm_plugin.body import Body
+from streamguard.vllm_plugin.settings import Context
 
 if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
@@ -24,26 +24,7 @@ class _Row:
     output: list[int]
 
 
-def admit(guard: RowGuard, slot: int, params: Any, prompt: Any, max_model_len: int) -> None:
-    """Begin a request in a slot, from its parameters as admission completed them.
-
-    A request that reached the engine without admission falls under the default policy.
-    """
-    entry = (params.extra_args or {}).get(KEY) or {}
-    prompt = prompt if prompt is not None else ()
-    room = max_model_len - len(prompt)
-    guard.admit(
-        slot,
-        prompt,
-        policy=entry.get("policy", guard.program.policies[guard.program.default_policy]),
-        max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-        hide_special_tokens=params.skip_special_tokens,
-        end_token_ids=entry.get("ends", params.stop_token_ids or ()),
-        show_end_token=params.include_stop_str_in_output,
-    )
-
-
-class V1Body:
+class V1Body(Body):
     """Rows of the persistent batch to slots of a RowGuard.
 
     On a GPU sampled tokens are read back once a step, which waits for the GPU; Model Runner V2,
@@ -51,15 +32,10 @@ class V1Body:
     """
 
     def __init__(self, context: Context, vllm_config: Any) -> None:
-        self.context = context
-        self.metrics = context.worker_metrics
         num_slots = 2 * vllm_config.scheduler_config.max_num_seqs
-        self.guard = RowGuard(context.program, context.codes, num_slots)
-        self.guard.warm_up()
-        self._max_model_len = vllm_config.model_config.max_model_len
+        super().__init__(context, vllm_config, num_slots)
         self._rows: dict[int, _Row] = {}
         self._free = list(range(num_slots))
-        self.runner: Any = None  # set by attest
 
     def update_state(self, update: BatchUpdate | None) -> None:
         """Apply removals, additions and moves, in vLLM's order."""
@@ -71,7 +47,7 @@ class V1Body:
             self._release(index)
             slot = self._free.pop()
             self._rows[index] = _Row(slot, output)
-            admit(self.guard, slot, params, prompt, self._max_model_len)
+            self.admit(slot, params, prompt)
         for first, second, direction in update.moved:
             a, b = self._rows.pop(first, None), self._rows.pop(second, None)
             if direction.name == "SWAP":
@@ -84,74 +60,39 @@ class V1Body:
 
     def apply(self, logits: torch.Tensor, _ctx: Any = None) -> None:
         """Commit what the engine committed since the last step, then mask."""
-        rows = self._rows
         with self.metrics.timed("commit"):
             slots: list[int] = []
             tokens: list[int] = []
-            for row in rows.values():
+            for row in self._rows.values():
                 new = row.output[self.guard.committed(row.slot) :]
                 slots += [row.slot] * len(new)
                 tokens += new
-            for fired in self.guard.commit(slots, tokens):
-                self.metrics.verdict(self.context.labels(fired.rule))
+            self.commit(slots, tokens)
             if self.context.codes.kept_beside:
-                self._restore()
-        masked = [i for i, row in rows.items() if self.guard.session.needs_mask(row.slot)]
-        if masked:
-            with self.metrics.timed("mask"):
-                edit_logits(self.guard, logits, masked, [rows[i].slot for i in masked])
+                self.restore(self._request_ids())
+        self.mask(logits, self._slot_of_row(len(logits)))
 
-    def after_sample(self, sampled: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Turn samples that would complete a match into verdicts.
+    def after_sample(self, sampled: torch.Tensor, logits: torch.Tensor) -> None:
+        """Turn samples that would complete a match into verdicts, in place."""
+        slot_of_row = self._slot_of_row(len(sampled))
+        if slot_of_row:
+            with self.metrics.timed("decide"):
+                discarded = self.runner.discard_request_mask.np
+                valid = {row: not discarded[row] for row in slot_of_row}
+                self.decide(sampled, logits, slot_of_row, valid, self._request_ids())
 
-        sampled  int[num_rows]; logits as the sampler left them.
-        """
-        order = [i for i in sorted(self._rows) if i < sampled.shape[0]]
-        if not order:
-            return sampled
-        with self.metrics.timed("decide"):
-            slots = [self._rows[i].slot for i in order]
-            chosen = sampled.cpu().numpy().astype(np.int64)
-            mine = chosen[order]
-            impossible = empty_rows(self.guard, logits, order, slots, mine)
-            fired = self.guard.decide(slots, mine, impossible)
-            discarded = self.runner.discard_request_mask.np
-            valid = [not discarded[i] for i in order]
-            for entry in fired:
-                if valid[entry.row]:
-                    self.metrics.verdict(self.context.labels(entry.rule))
-                    if self.context.codes.kept_beside:
-                        self._keep_beside(order[entry.row], slots[entry.row], entry.rule)
-            self.metrics.tokens(sum(valid))
-            if (mine != chosen[order]).any():
-                chosen[order] = mine
-                sampled.copy_(torch.from_numpy(chosen).to(sampled.dtype))
-        return sampled
+    def scrub_alternatives(self, tensors: Any) -> None:
+        """Scrub the logprobs of the rows that were sampled last."""
+        slot_of_row = self._slot_of_row(len(tensors.logprobs))
+        self.scrub(tensors.logprob_token_ids, tensors.logprobs, slot_of_row)
 
-    def scrub(self, token_ids: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Hide alternatives that would complete a match behind the sampled token's own entry.
+    def _slot_of_row(self, num_rows: int) -> dict[int, int]:
+        return {i: row.slot for i, row in self._rows.items() if i < num_rows}
 
-        token_ids, logprobs  [num_rows, 1 + num_logprobs], in/out; column 0 is the sampled token.
-        """
-        for index, row in self._rows.items():
-            if index < token_ids.shape[0] and self.guard.running_verdict(row.slot) is None:
-                scrub_row(self.guard, row.slot, token_ids[index], logprobs[index])
-
-    def _keep_beside(self, index: int, slot: int, rule: int) -> None:
-        if self.context.table.rules[rule].rule.action == "observe":
-            return
-        request_id = self.runner.input_batch.req_ids[index]
-        beside.write(request_id, rule)
-        beside.running[request_id] = (rule, self.guard.committed(slot))
-        self.guard.resume_verdict(slot, rule, 0)
-
-    def _restore(self) -> None:
-        """Scripts without spare ids do not show in the tokens: put them back after a resume."""
-        for index, row in self._rows.items():
-            kept = beside.running.get(self.runner.input_batch.req_ids[index])
-            if kept is not None:
-                rule, began = kept
-                self.guard.resume_verdict(row.slot, rule, self.guard.committed(row.slot) - began)
+    def _request_ids(self) -> dict[int, str]:
+        if not self.context.codes.kept_beside:
+            return {}
+        return {row.slot: self.runner.input_batch.req_ids[i] for i, row in self._rows.items()}
 
     def _release(self, index: int) -> None:
         row = self._rows.pop(index, None)
@@ -163,39 +104,34 @@ class V1Body:
         self._free.append(row.slot)
 
 
-def edit_logits(
-    guard: RowGuard, logits: torch.Tensor, rows: list[int], slots: list[int]
-) -> None:
-    """Run `RowGuard.mask` on a tensor of any device."""
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
-        guard.mask(logits.numpy(), rows, slots)
-        return
-    scratch = np.zeros((len(rows), logits.shape[1]), np.float32)
-    guard.mask(scratch, list(range(len(rows))), slots)
-    index = torch.tensor(rows, device=logits.device)
-    logits[index] += torch.from_numpy(scratch).to(logits.device, logits.dtype)
+class GuardedSampler(Sampler):
+    """Decides after sampling, where a completing token's probability is exactly the model's."""
+
+    streamguard_body: V1Body
+    _scrub_next = False
+
+    def sample(self, logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        sampled, processed = super().sample(logits, sampling_metadata, *args, **kwargs)
+        self.streamguard_body.after_sample(sampled, logits)
+        # gather_logprobs comes next for these rows, and only if logprobs were asked for.
+        wanted = sampling_metadata.max_num_logprobs
+        self._scrub_next = wanted is not None and wanted >= 0
+        return sampled, processed
+
+    def gather_logprobs(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        tensors = Sampler.gather_logprobs(*args, **kwargs)
+        if self._scrub_next:
+            self._scrub_next = False
+            self.streamguard_body.scrub_alternatives(tensors)
+        return tensors
 
 
-def empty_rows(
-    guard: RowGuard, logits: torch.Tensor, rows: list[int], slots: list[int], sampled: np.ndarray
-) -> np.ndarray | None:
-    """Rows in which nothing was possible: the sampler then returns a token of logit -inf or NaN."""
-    if not any(map(guard.session.needs_mask, slots)):
-        return None
-    index = torch.tensor(rows, device=logits.device)
-    values = logits[index, torch.from_numpy(sampled).to(logits.device)].cpu()
-    masked = np.array([guard.session.needs_mask(slot) for slot in slots])
-    return ~torch.isfinite(values).numpy() & masked
-
-
-def scrub_row(
-    guard: RowGuard, slot: int, token_ids: torch.Tensor, logprobs: torch.Tensor
-) -> None:
-    """One row of `scrub`."""
-    ids = token_ids.cpu().numpy().astype(np.int64)
-    hidden = guard.completes(slot, np.clip(ids, 0, len(guard.program.vocabulary) - 1))
-    hidden[0] = False
-    if hidden.any():
-        where = torch.from_numpy(np.flatnonzero(hidden)).to(token_ids.device)
-        token_ids[where] = token_ids[0].clone()
-        logprobs[where] = logprobs[0].clone()
+def guard_sampler(sampler: Any, body: V1Body) -> None:
+    """Turn a sampler into a guarded one, in place. Raises AttestationError for an unknown kind."""
+    if type(sampler) is not Sampler:
+        raise AttestationError(
+            f"this worker samples with {type(sampler).__module__}.{type(sampler).__qualname__}, "
+            f"which streamguard does not know. Use vLLM's own sampler."
+        )
+    sampler.streamguard_body = body
+    sampler.__class__ = GuardedSampler

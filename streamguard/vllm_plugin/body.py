@@ -1,0 +1,134 @@
+"""What the bodies for both runners share: one step on a host `RowGuard`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamguard.row_guard import RowGuard
+from streamguard.vllm_plugin import beside
+from streamguard.vllm_plugin.settings import KEY, Context
+
+
+class Body:
+    """A RowGuard, its metrics, and the three phases of a step over a runner's rows."""
+
+    def __init__(self, context: Context, vllm_config: Any, num_slots: int) -> None:
+        self.context = context
+        self.metrics = context.worker_metrics
+        self.guard = RowGuard(context.program, context.codes, num_slots)
+        self.guard.warm_up()
+        self.runner: Any = None  # set by attest
+        self._max_model_len = vllm_config.model_config.max_model_len
+
+    def admit(self, slot: int, params: Any, prompt: Sequence[int] | None) -> None:
+        """Begin a request in a slot, from its parameters as admission completed them.
+
+        A request that reached the engine without admission falls under the default policy.
+        """
+        entry = (params.extra_args or {}).get(KEY) or {}
+        prompt = prompt if prompt is not None else ()
+        room = self._max_model_len - len(prompt)
+        program = self.guard.program
+        self.guard.admit(
+            slot,
+            prompt,
+            policy=entry.get("policy", program.policies[program.default_policy]),
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            hide_special_tokens=params.skip_special_tokens,
+            end_token_ids=entry.get("ends", params.stop_token_ids or ()),
+            show_end_token=params.include_stop_str_in_output,
+        )
+
+    def commit(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Take in tokens that the engine committed; count observe rules."""
+        for fired in self.guard.commit(slots, tokens):
+            self.metrics.verdict(self.context.labels(fired.rule))
+
+    def mask(self, logits: torch.Tensor, slot_of_row: dict[int, int]) -> None:
+        """Make tokens that would complete a mask rule impossible, on a tensor of any device."""
+        rows = [r for r, slot in slot_of_row.items() if self.guard.session.needs_mask(slot)]
+        if not rows:
+            return
+        slots = [slot_of_row[r] for r in rows]
+        with self.metrics.timed("mask"):
+            if logits.device.type == "cpu" and logits.dtype == torch.float32:
+                self.guard.mask(logits.numpy(), rows, slots)
+                return
+            scratch = np.zeros((len(rows), logits.shape[1]), np.float32)
+            self.guard.mask(scratch, list(range(len(rows))), slots)
+            index = torch.tensor(rows, device=logits.device)
+            logits[index] += torch.from_numpy(scratch).to(logits.device, logits.dtype)
+
+    def decide(
+        self,
+        sampled: torch.Tensor,
+        logits: torch.Tensor,
+        slot_of_row: dict[int, int],
+        valid: dict[int, bool],
+        request_id: dict[int, str],
+    ) -> None:
+        """Turn samples that would complete a match into verdicts, in place.
+
+        sampled  int[num_rows]; logits as the sampler left them. slot_of_row: guarded rows only.
+        valid    whether the engine will commit the row's sample; request_id by slot.
+        """
+        rows = list(slot_of_row)
+        slots = list(slot_of_row.values())
+        chosen = sampled.cpu().numpy().astype(np.int64)
+        mine = chosen[rows]
+        fired = self.guard.decide(slots, mine, self._empty_rows(logits, rows, slots, mine))
+        for entry in fired:
+            if not valid[rows[entry.row]]:
+                continue
+            self.metrics.verdict(self.context.labels(entry.rule))
+            slot = slots[entry.row]
+            stops = self.context.codes.scripts[entry.rule]
+            if self.context.codes.kept_beside and stops:
+                beside.write(request_id[slot], entry.rule)
+                beside.running[request_id[slot]] = (entry.rule, self.guard.committed(slot))
+        self.metrics.tokens(sum(valid[r] for r in rows))
+        if (mine != chosen[rows]).any():
+            chosen[rows] = mine
+            sampled.copy_(torch.from_numpy(chosen).to(sampled.device, sampled.dtype))
+
+    def restore(self, request_id: dict[int, str]) -> None:
+        """Scripts of verdicts kept beside do not show in the tokens: put them in place again."""
+        for slot, name in request_id.items():
+            kept = beside.running.get(name)
+            if kept is not None:
+                rule, began = kept
+                self.guard.resume_verdict(slot, rule, self.guard.committed(slot) - began)
+
+    def scrub(
+        self, token_ids: torch.Tensor, logprobs: torch.Tensor, slot_of_row: dict[int, int]
+    ) -> None:
+        """Hide alternatives that would complete a match behind the sampled token's own entry.
+
+        token_ids, logprobs  [num_rows, 1 + num_logprobs], in/out; column 0 is the sampled token.
+        """
+        last_id = len(self.guard.program.vocabulary) - 1
+        for row, slot in slot_of_row.items():
+            if self.guard.running_verdict(slot) is not None:
+                continue
+            ids = token_ids[row].cpu().numpy().astype(np.int64)
+            hidden = self.guard.completes(slot, np.clip(ids, 0, last_id))
+            hidden[0] = False
+            if hidden.any():
+                where = torch.from_numpy(np.flatnonzero(hidden)).to(token_ids.device)
+                token_ids[row, where] = token_ids[row, 0].clone()
+                logprobs[row, where] = logprobs[row, 0].clone()
+
+    def _empty_rows(
+        self, logits: torch.Tensor, rows: list[int], slots: list[int], sampled: np.ndarray
+    ) -> np.ndarray | None:
+        """Rows in which nothing was possible: a sampler returns a token of logit -inf there."""
+        masked = np.array([self.guard.session.needs_mask(slot) for slot in slots])
+        if not masked.any():
+            return None
+        index = torch.tensor(rows, device=logits.device)
+        values = logits[index, torch.from_numpy(sampled).to(logits.device)].cpu()
+        return ~torch.isfinite(values).numpy() & masked
