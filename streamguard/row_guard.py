@@ -76,9 +76,9 @@ class RowGuard:
             self.admit(0, (0,), policy=policy, max_tokens=2, end_token_ids=(0,))
             self.commit([0], [0])
             self.decide([0], np.zeros(1, np.int64))
-            for last in (False, True):
-                self.session.forbidden(0, last=last)
             if self.session.needs_mask(0):
+                for last in (False, True):
+                    self.session.forbidden(0, last=last)
                 logits = np.zeros((1, len(self.program.vocabulary)), np.float32)
                 self.session.apply_mask(logits, [0], [0], [False])
         self.release(0)
@@ -95,6 +95,14 @@ class RowGuard:
     def running_verdict(self, slot: int) -> int | None:
         """Global index of the rule whose script runs in the slot, if any."""
         return self._slots[slot].progress.rule
+
+    def policy_name(self, slot: int) -> str:
+        """Name of the policy that the slot is under."""
+        return self.program.policies[self._slots[slot].policy]
+
+    def let_pass(self, slot: int) -> None:
+        """Stop matching in a slot: its rows never hit again."""
+        self.session.release(slot)
 
     def resume_verdict(self, slot: int, rule: int, step: int) -> None:
         """Put a script in place that the committed tokens do not show (verdicts kept beside)."""

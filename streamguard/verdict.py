@@ -23,6 +23,8 @@ from streamguard.errors import PolicyError, TokenizerError
 
 UNKNOWN = -2
 """A verdict whose rule was lost with the engine's memory between marker and code."""
+FAILED = -3
+"""Not a rule: the guard itself failed on this response, and its policy says `on_error: block`."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _message(
 class VerdictReader:
     """Takes the scripts of one response's stream apart: what to show, and which rule fired.
 
-    rule is the global index once a verdict was read, UNKNOWN if its code was cut off, else None.
+    rule is the global index once a verdict was read, UNKNOWN if its code was cut off, FAILED if the
+    guard gave up on the response, else None.
     """
 
     def __init__(self, codes: VerdictCodes, policy: int) -> None:
@@ -160,6 +163,8 @@ class VerdictReader:
                 self.rule = codes.rule_of[self._policy][token]
             elif self.rule is None and token == codes.marker_id:
                 self.rule, self._code_next = UNKNOWN, True
+            elif self.rule is None and token == codes.stop_id:
+                self.rule = FAILED  # a stop without a rule before it
             elif token not in codes.spare:
                 shown.append(position)
         return shown
@@ -180,7 +185,9 @@ class Progress:
     def commit(self, codes: VerdictCodes, policy: int, token: int) -> bool:
         """Take note of a committed token; return whether it belongs to a verdict."""
         if self.rule is not None:
-            if self.step == 1 and codes.scripts[self.rule][:1] == (codes.marker_id,):
+            if self.step == 1 and (
+                self.rule < 0 or codes.scripts[self.rule][:1] == (codes.marker_id,)
+            ):
                 local = codes.code_of.get(token)
                 if local is not None and local < len(codes.policy_rules[policy]):
                     self.rule = codes.policy_rules[policy][local]
@@ -197,7 +204,7 @@ class Progress:
     def forced(self, codes: VerdictCodes) -> int:
         """The next token of the script that runs."""
         assert self.rule is not None  # noqa: S101  (caller looked)
-        if self.rule == UNKNOWN:
+        if self.rule < 0:
             return codes.stop_id if codes.stop_id is not None else codes.eos_id
         script = codes.scripts[self.rule]
         return script[min(self.step, len(script) - 1)]

@@ -44,7 +44,7 @@ def test_token_bytes_of_a_text_joined_are_the_text(kind: str, tiny_models: TinyM
             continue
         joined = b"".join(vocab.token_bytes[i] for i in ids).decode()
         # SentencePiece kinds put a space before a text, which their decoders take away.
-        assert joined.removeprefix(" ") == text.removeprefix(" ")
+        assert joined in (text, " " + text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -58,12 +58,11 @@ def test_token_bytes_follow_the_detokenizer_of_a_stream(
         ids = rng.choices(range(len(vocab)), k=rng.randint(1, 30))
         if kind == "byte_fallback":  # broken runs of byte tokens read otherwise: see test_fuzz
             ids = [i for i in ids if vocab.token_bytes[i].isascii()]
+        ids.append(vocab.token_bytes.index(b"a"))  # what looks unfinished is held back
         stream = DecodeStream(skip_special_tokens=skip)
         read = "".join(stream.step(tokenizer._tokenizer, i) or "" for i in ids)
         shown = (vocab.token_bytes[i] for i in ids if not (skip and vocab.special[i]))
-        expected = decode(b"".join(shown))
-        if kind == "byte_level_bpe":  # what looks unfinished is held back
-            expected, read = expected.rstrip("\ufffd"), read.rstrip("\ufffd")
+        expected = decode(b"".join(shown), final=True)
         assert read.lstrip(" ") == expected.lstrip(" ")
 
 
@@ -157,7 +156,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_decoder_that_token_bytes_cannot_follow_is_refused() -> None:
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "c": 3}))
     backend.decoder = decoders.WordPiece()
-    with pytest.raises(TokenizerError, match=r"token 2 decodes to .* after 'a'.*patterns could be"):
+    with pytest.raises(TokenizerError, match=r"token 1 decodes to ' a' after 'a'.*patterns could be missed"):
         Vocabulary.from_tokenizer(wrap(backend, unk_token="[UNK]"))
 
 

@@ -189,7 +189,8 @@ def _spare_ids(
     template = tokenizer.chat_template or ""
     if not isinstance(template, str):
         template = str(template)
-    specials = {i: token.content for i, token in added.items() if token.special and i not in eos}
+    taken = eos | ({tokenizer.unk_token_id} if _produces_unk(tokenizer) else set())
+    specials = {i: token.content for i, token in added.items() if token.special and i not in taken}
     spare = list(range(known, len(vocabulary)))
     spare += [i for i, text in specials.items() if _RESERVED.search(text)]
     spare += [
@@ -197,11 +198,7 @@ def _spare_ids(
     ]
     for name in ("unk_token_id", "pad_token_id", "bos_token_id"):
         token_id = getattr(tokenizer, name, None)
-        if (
-            token_id in specials
-            and specials[token_id] not in template
-            and not (name == "unk_token_id" and _produces_unk(tokenizer))
-        ):
+        if token_id in specials and specials[token_id] not in template:
             spare.append(int(token_id))
     return tuple(dict.fromkeys(spare))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 _FILE = "STREAMGUARD_VERDICTS_FILE"
 #: Worker side: request id -> (rule, tokens committed when it fired), while the process lives.
 running: dict[str, tuple[int, int]] = {}
+_MOST_KEPT = 10_000
 _verdicts: dict[str, int] = {}
 _offset = 0
 
@@ -25,8 +26,11 @@ def prepare() -> None:
         os.environ[_FILE] = path
 
 
-def write(request_id: str, rule: int) -> None:
-    """Note a verdict. Appends of one short line are atomic."""
+def write(request_id: str, rule: int, committed: int) -> None:
+    """Note a verdict that fired after `committed` tokens. Appends of one short line are atomic."""
+    running[request_id] = (rule, committed)
+    while len(running) > _MOST_KEPT:
+        del running[next(iter(running))]
     with open(os.environ[_FILE], "a", encoding="utf-8") as file:
         file.write(f"{rule} {request_id}\n")
 

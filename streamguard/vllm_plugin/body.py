@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from streamguard.row_guard import RowGuard
+from streamguard.verdict import FAILED
 from streamguard.vllm_plugin import beside
 from streamguard.vllm_plugin.settings import KEY, Context
 
+logger = logging.getLogger("vllm.streamguard")
+
 
 class Body:
-    """A RowGuard, its metrics, and the three phases of a step over a runner's rows."""
+    """A RowGuard, its metrics, and the three phases of a step over a runner's rows.
+
+    An error inside a phase never takes the engine down: it is counted and logged, and the policy's
+    `on_error` says for each slot concerned whether the response ends there or goes on unguarded.
+    """
 
     def __init__(self, context: Context, vllm_config: Any, num_slots: int) -> None:
         self.context = context
@@ -30,12 +38,14 @@ class Body:
         A request that reached the engine without admission falls under the default policy.
         """
         entry = (params.extra_args or {}).get(KEY) or {}
-        prompt = prompt if prompt is not None else ()
-        room = self._max_model_len - len(prompt)
+        ids = np.asarray(() if prompt is None else prompt, np.int64)
+        room = self._max_model_len - len(ids)
         program = self.guard.program
+        # Ids that the vocabulary does not have (placeholders of images, say) are no text.
+        foreign = np.flatnonzero((ids < 0) | (ids >= len(program.vocabulary)))
         self.guard.admit(
             slot,
-            prompt,
+            ids[foreign[-1] + 1 :] if len(foreign) else ids,
             policy=entry.get("policy", program.policies[program.default_policy]),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             hide_special_tokens=params.skip_special_tokens,
@@ -45,8 +55,11 @@ class Body:
 
     def commit(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Take in tokens that the engine committed; count observe rules."""
-        for fired in self.guard.commit(slots, tokens):
-            self.metrics.verdict(self.context.labels(fired.rule))
+        try:
+            for fired in self.guard.commit(slots, tokens):
+                self.metrics.verdict(self.context.labels(fired.rule))
+        except Exception:
+            self._fail(slots)
 
     def mask(self, logits: torch.Tensor, slot_of_row: dict[int, int]) -> None:
         """Make tokens that would complete a mask rule impossible, on a tensor of any device."""
@@ -54,14 +67,20 @@ class Body:
         if not rows:
             return
         slots = [slot_of_row[r] for r in rows]
-        with self.metrics.timed("mask"):
-            if logits.device.type == "cpu" and logits.dtype == torch.float32:
-                self.guard.mask(logits.numpy(), rows, slots)
-                return
-            scratch = np.zeros((len(rows), logits.shape[1]), np.float32)
-            self.guard.mask(scratch, list(range(len(rows))), slots)
-            index = torch.tensor(rows, device=logits.device)
-            logits[index] += torch.from_numpy(scratch).to(logits.device, logits.dtype)
+        try:
+            with self.metrics.timed("mask"):
+                self._mask(logits, rows, slots)
+        except Exception:
+            self._fail(slots)
+
+    def _mask(self, logits: torch.Tensor, rows: list[int], slots: list[int]) -> None:
+        if logits.device.type == "cpu" and logits.dtype == torch.float32:
+            self.guard.mask(logits.numpy(), rows, slots)
+            return
+        scratch = np.zeros((len(rows), logits.shape[1]), np.float32)
+        self.guard.mask(scratch, list(range(len(rows))), slots)
+        index = torch.tensor(rows, device=logits.device)
+        logits[index] += torch.from_numpy(scratch).to(logits.device, logits.dtype)
 
     def decide(
         self,
@@ -80,7 +99,11 @@ class Body:
         slots = list(slot_of_row.values())
         chosen = sampled.cpu().numpy().astype(np.int64)
         mine = chosen[rows]
-        fired = self.guard.decide(slots, mine, self._empty_rows(logits, rows, slots, mine))
+        try:
+            fired = self.guard.decide(slots, mine, self._empty_rows(logits, rows, slots, mine))
+        except Exception:
+            self._fail(slots)
+            fired = self.guard.decide(slots, mine)  # failed slots only run their script
         for entry in fired:
             if not valid[rows[entry.row]]:
                 continue
@@ -88,12 +111,22 @@ class Body:
             slot = slots[entry.row]
             stops = self.context.codes.scripts[entry.rule]
             if self.context.codes.kept_beside and stops:
-                beside.write(request_id[slot], entry.rule)
-                beside.running[request_id[slot]] = (entry.rule, self.guard.committed(slot))
+                beside.write(request_id[slot], entry.rule, self.guard.committed(slot))
         self.metrics.tokens(sum(valid[r] for r in rows))
         if (mine != chosen[rows]).any():
             chosen[rows] = mine
             sampled.copy_(torch.from_numpy(chosen).to(sampled.device, sampled.dtype))
+
+    def _fail(self, slots: Iterable[int]) -> None:
+        """Give up on slots after an error: end the response, or go on unguarded, by policy."""
+        self.metrics.error()
+        logger.exception("streamguard: error inside a step; on_error decides for its responses")
+        for slot in set(slots):
+            name = self.guard.policy_name(slot)
+            if self.context.policies.policies[name].on_error == "block":
+                self.guard.resume_verdict(slot, FAILED, 0)
+            else:
+                self.guard.let_pass(slot)
 
     def restore(self, request_id: dict[int, str]) -> None:
         """Scripts of verdicts kept beside do not show in the tokens: put them in place again."""

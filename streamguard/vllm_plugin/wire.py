@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from streamguard.verdict import UNKNOWN, VerdictReader
+from streamguard.verdict import FAILED, UNKNOWN, VerdictReader
 from streamguard.vllm_plugin import beside
 from streamguard.vllm_plugin.settings import KEY, Context
 
@@ -39,8 +39,8 @@ class _Response:
         rule = self.reader.rule
         if rule is None:
             return None
-        if rule == UNKNOWN:
-            return "streamguard:unspecified"
+        if rule < 0:
+            return {UNKNOWN: "streamguard:unspecified", FAILED: "streamguard:error"}[rule]
         return f"streamguard:{self.context.table.rules[rule].rule.id}"
 
 

@@ -24,9 +24,16 @@ MAX_SEQS = 64
 class Request:
     """What a client sends: a prompt, sampling parameters, and a policy by name."""
 
-    prompt: str
+    prompt: str | Sequence[int]
     params: Mapping[str, Any] = field(default_factory=dict)
     policy: str | None = None
+
+    @property
+    def engine_prompt(self) -> Any:
+        """As vLLM takes it."""
+        if isinstance(self.prompt, str):
+            return {"prompt": self.prompt}
+        return {"prompt_token_ids": list(self.prompt)}
 
     def sampling(self, guarded: bool, **more: Any) -> SamplingParams:
         """Fresh SamplingParams; the policy's name only where an engine has policies."""
@@ -89,7 +96,7 @@ def _guarded(llm: LLM) -> bool:
 def generate(llm: LLM, requests: Sequence[Request]) -> list[list[Reply]]:
     """Run all requests as one batch, not streaming; per request one reply per sample."""
     params = [r.sampling(_guarded(llm)) for r in requests]
-    outputs = llm.generate([r.prompt for r in requests], params, use_tqdm=False)
+    outputs = llm.generate([r.engine_prompt for r in requests], params, use_tqdm=False)
     return [
         [
             Reply(o.text, list(o.token_ids), o.finish_reason, o.stop_reason, o.logprobs)
@@ -99,15 +106,13 @@ def generate(llm: LLM, requests: Sequence[Request]) -> list[list[Reply]]:
     ]
 
 
-def stream(
-    llm: LLM, requests: Sequence[Request], each_step: Any = None
-) -> list[list[Reply]]:
+def stream(llm: LLM, requests: Sequence[Request], each_step: Any = None) -> list[list[Reply]]:
     """Run all requests as one batch, streaming deltas; `each_step()` runs before every step."""
     engine = llm.llm_engine
     replies: dict[str, dict[int, Reply]] = {}
     for number, request in enumerate(requests):
         params = request.sampling(_guarded(llm), output_kind=RequestOutputKind.DELTA)
-        engine.add_request(str(number), {"prompt": request.prompt}, params)
+        engine.add_request(str(number), request.engine_prompt, params)
         replies[str(number)] = {i: Reply("", [], None, None) for i in range(params.n)}
     while engine.has_unfinished_requests():
         if each_step is not None:
