@@ -38,7 +38,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-class _Collector(MultiProcessCollector):  # type: ignore[misc]
+class _Collector(MultiProcessCollector):
     """Reads the private folder; gauges of dead processes are dropped first."""
 
     def __init__(self, folder: str) -> None:
@@ -186,7 +186,7 @@ class WorkerMetrics:
             self._seconds[phase].observe(time.perf_counter() - started)
 
 
-def _gauge(name: str, help_text: str, mode: str, *labels: str) -> Any:
+def _gauge(name: str, help_text: str, mode: Any, *labels: str) -> Any:
     return Gauge(
         f"streamguard_{name}", help_text, labels, registry=None, multiprocess_mode=mode
     )

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from streamguard_kernels.scan import scan_kernel
+from streamguard_kernels.scan import most_matches_per_byte, scan_kernel
+from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 from streamguard.compiler.program import Program
 
@@ -35,13 +36,23 @@ class Scanner:
         self._lo, self._hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
         num = self._hi - self._lo
         size = 1 << int(2 * program.max_depth + 64).bit_length()
-        self._walk = (  # what the kernel changes
-            t.track_start[self._lo : self._hi].copy(),
-            np.zeros(num, np.int64),
-            np.zeros((num, size), np.int64),
-            np.zeros(2, np.int64),
-        )
-        self._found = np.empty((4096, 4), np.int64)
+        self._states = t.track_start[self._lo : self._hi].copy()
+        self._positions = np.zeros(num, np.int64)
+        self._ring = np.zeros((num, size), np.int64)
+        self._pending = np.zeros(2, np.int64)
+        most = 0
+        for track in range(self._lo, self._hi):
+            first = t.track_states[track]
+            of_track = slice(first, first + program.states_of_track(track))
+            most = max(
+                most,
+                most_matches_per_byte(
+                    t.first_pattern[of_track], t.next_pattern, t.suffix_link[of_track]
+                ),
+            )
+        # A byte can end two characters, of at most MAX_MAPPED_BYTES each, in every track.
+        self._reserve = max(1, most) * 2 * MAX_MAPPED_BYTES * num
+        self._found = np.empty((4096 + 2 * self._reserve, 4), np.int64)
         self._position = 0
 
     def feed(self, chunk: bytes) -> Iterator[Match]:
@@ -54,22 +65,22 @@ class Scanner:
         yield from self._step(np.zeros(0, np.uint8), final=True)
 
     def _step(self, data: np.ndarray, *, final: bool) -> Iterator[Match]:
-        while True:
-            states, positions, ring, pending = (array.copy() for array in self._walk)
-            count = scan_kernel(
-                self._tables, self._lo, self._hi, data, self._position, states, positions, ring,
-                pending, self._found, int(final),
+        left = len(data) + final
+        while left:
+            consumed, count = scan_kernel(
+                self._tables, self._lo, self._hi, data, self._position, self._states,
+                self._positions, self._ring, self._pending, self._found, int(final), self._reserve,
             )  # fmt: skip
-            if count <= len(self._found):
-                break
-            self._found = np.empty((2 * count, 4), np.int64)
-        self._walk = (states, positions, ring, pending)
-        self._position += len(data)
-        found = self._found[:count]
-        # (known at, end, rule, start); the earliest start of each end and rule comes first
-        found = found[np.lexsort((found[:, 3], found[:, 2], found[:, 1], found[:, 0]))]
-        previous = None
-        for _, end, rule, start in found.tolist():
-            if (end, rule) != previous:
-                yield Match(rule, start, end)
-            previous = (end, rule)
+            data = data[consumed:]
+            self._position += consumed
+            left -= consumed
+            if not count:
+                continue
+            found = self._found[:count]
+            # (known at, end, rule, start): the earliest start of each end and rule comes first
+            found = found[np.lexsort((found[:, 3], found[:, 2], found[:, 1], found[:, 0]))]
+            previous = None
+            for _, end, rule, start in found.tolist():
+                if (end, rule) != previous:
+                    yield Match(rule, start, end)
+                previous = (end, rule)

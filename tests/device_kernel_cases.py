@@ -14,14 +14,13 @@ import triton_interpreter
 
 triton_interpreter.enable()
 
-from streamguard_kernels import device  # noqa: E402
-
 from streamguard.compiler.program import Program, compile_program  # noqa: E402
 from streamguard.compiler.rules import MASK, OBSERVE  # noqa: E402
 from streamguard.compiler.vocabulary import Vocabulary  # noqa: E402
 from streamguard.policy import Policy, PolicySet  # noqa: E402
 from streamguard.row_guard import RowGuard  # noqa: E402
 from streamguard.verdict import VerdictCodes  # noqa: E402
+from streamguard_kernels import device  # noqa: E402
 
 NUM_SLOTS = 5
 MAX_LEN = 64
@@ -119,7 +118,11 @@ def to_device(program: Program, codes: VerdictCodes, **changes: object) -> devic
     return device.to_device(program.tables, **arguments)
 
 
-LIKELY = [i for i in range(len(SPECIALS), NUM_TOKENS) if set("bomé€".encode()) & set(VOCABULARY.token_bytes[i])]
+LIKELY = [
+    i
+    for i in range(len(SPECIALS), NUM_TOKENS)
+    if set("bomé€".encode()) & set(VOCABULARY.token_bytes[i])
+]
 
 
 @dataclass
@@ -145,7 +148,14 @@ class Engine:
         self.total = torch.zeros(NUM_SLOTS, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
         self.counts = np.zeros(len(program.rules), np.int64)
-        self.seen = {"masked": 0, "verdicts": 0, "unfinished": 0, "observed": 0, "resumed": 0, "said": 0}
+        self.seen = {
+            "masked": 0,
+            "verdicts": 0,
+            "unfinished": 0,
+            "observed": 0,
+            "resumed": 0,
+            "said": 0,
+        }
 
     def new_request(self, slot: int) -> None:
         rng = self.rng

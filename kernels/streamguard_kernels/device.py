@@ -1,9 +1,10 @@
 """The walk on the device: Triton kernels that agree bit for bit with `advance` and `lookahead`.
 
-Three launches a step: `advance_slots` brings each slot up to its committed tokens, `mask_rows` edits
-the logits of mask rules, `decide_rows` turns a sampled token that completes a match into a verdict.
-None of them copies to the host, allocates or depends on data for its grid, so they suit an engine
-that schedules ahead. Only the platform that runs them imports this module: it needs torch and triton.
+Three launches a step: `advance_slots` brings each slot up to its committed tokens, `mask_rows`
+edits the logits of mask rules, `decide_rows` turns a sampled token that completes a match into a
+verdict. None of them copies to the host, allocates or depends on data for its grid, so they suit an
+engine that schedules ahead. Only the platform that runs them imports this module: it needs torch
+and triton.
 
 One walk serves all three. Its *lanes* are the tracks of one slot (`advance_slots`, `decide_rows`:
 all automata of a policy move at once, so the latency is that of one) or neighbouring tokens of the
@@ -29,7 +30,7 @@ OBSERVE = tl.constexpr(4)
 #: verdict_rule: no verdict has been given; one was given, but its rule is not known any more.
 NO_VERDICT = tl.constexpr(-1)
 UNKNOWN_RULE = tl.constexpr(-2)
-#: Places in `spare_ids`: what ends a text, and what begins a verdict whose rule the next token names.
+#: Places in `spare_ids`: what ends a text; what begins a verdict whose rule the next token names.
 STOP_SPARE = tl.constexpr(0)
 MARKER_SPARE = tl.constexpr(1)
 
@@ -63,14 +64,14 @@ class DeviceTables(NamedTuple):
     token_offsets    int32[num_mappings, num_tokens + 1]; token_data uint8[num_bytes]
     token_pending    int32[num_tokens]; token_special uint8[num_tokens]
     raw_offsets      int32[num_tokens + 1]; raw_data uint8[num_raw_bytes]
-    page_of int32[num_forms, 0x1100], entries int32[num_pages, 256], map_offsets int32[num_strings + 1],
-    map_data uint8[num_map_bytes]: see `utf8.map_character`
-    spare_index      int32[num_tokens]: place of a reserved id in `spare_ids`, -1 = an ordinary token
+    page_of int32[num_forms, 0x1100], entries int32[num_pages, 256],
+    map_offsets int32[num_strings + 1], map_data uint8[num_map_bytes]: see `utf8.map_character`
+    spare_index      int32[num_tokens]: place of a reserved id in `spare_ids`, -1 = another token
     spare_ids        int32[num_spare]: STOP_SPARE, MARKER_SPARE, then those of rules
-    verdict_rule_of  int32[num_policies, num_spare]: the rule that a reserved id stands for, -1 = none
+    verdict_rule_of  int32[num_policies, num_spare]: the rule that a reserved id names, -1 = none
     code_index       int32[num_tokens]: what a token after MARKER_SPARE says, -1 = nothing
     code_rules       int32[num_policies, width]: the rule that it means, -1 = none
-    script_offsets   int32[num_rules + 1]; script_tokens int32[]: what a verdict says, first id included
+    script_offsets   int32[num_rules + 1]; script_tokens int32[]: what a verdict says, from its id on
     eos_token        int32[1]
     """
 
@@ -114,7 +115,7 @@ class Slots(NamedTuple):
 
     policy        [num_slots]: -1 = not guarded
     hidden        [num_slots]: 1 = the reader skips special tokens
-    seen          [num_slots], in/out: tokens of the slot walked so far; the prompt's length at first
+    seen          [num_slots], in/out: tokens of the slot walked so far; at first the prompt's
     state         [num_slots, max_tracks], in/out: as `Session` keeps it
     pending       [num_slots], in/out: unfinished character
     verdict_rule  [num_slots], in/out: rule of the verdict being said, NO_VERDICT, UNKNOWN_RULE
@@ -204,7 +205,7 @@ def to_device(
     if severity != sorted(severity):
         raise ValueError(
             f"groups by rank are {group[rule_of_rank].tolist()}; ranks must put stop rules (2) "
-            f"before mask rules (1) before observe rules (4): the kernels see the lowest rank alone."
+            f"before mask (1) before observe rules (4): the kernels see the lowest rank alone."
         )
     if (np.diff(policy) < 0).any():
         raise ValueError(
@@ -348,15 +349,17 @@ def decide_rows(
     and not in `advance_slots`, which never sees the last token of a text and sees those before it
     again after a resume.
 
-    sampled    int64[num_rows], in/out; pos int[num_rows]: position of each row's input token. A row
-               with pos + 1 < total_len is part of a prompt: its sample is discarded, nothing counts.
+    sampled    int64[num_rows], in/out; pos int[num_rows]: position of each row's input token. A
+               row with pos + 1 < total_len is part of a prompt: its sample will be discarded, and
+               nothing counts.
     processed  float[num_rows, >= num_tokens], the logits that were sampled from: where the sampled
-               one is not finite, no token was possible, and the policy's most severe mask rule gives
-               the verdict. None = not looked at.
+               one is not finite, no token was possible, and the policy's most severe mask rule
+               gives the verdict. None = not looked at.
     """
     _decide_kernel[(sampled.shape[0],)](
         t, s, sampled, idx_mapping, pos, total_len,
-        sampled if processed is None else processed, 0 if processed is None else processed.stride(0),
+        sampled if processed is None else processed,
+        0 if processed is None else processed.stride(0),
         s.state.stride(0), s.end_tokens.stride(0), s.end_tokens.shape[1],
         t.token_special.shape[0], LOOK=processed is not None,
         TRACKS=triton.next_power_of_2(s.state.shape[1]), num_warps=1,
@@ -390,9 +393,7 @@ def _utf8_step(pending, byte):
     begins = (byte >= 0xC2) & (byte <= 0xF4)
     alone = tl.where(byte < 0x80, byte, tl.where(begins, -1, _REPLACEMENT))
     longer = ((count + 1) << 24) | (pending & 0xFFFFFF) | (byte << (8 * count))
-    after = tl.where(
-        goes_on, tl.where(complete, 0, longer), tl.where(begins, (1 << 24) | byte, 0)
-    )
+    after = tl.where(goes_on, tl.where(complete, 0, longer), tl.where(begins, (1 << 24) | byte, 0))
     code_point = tl.where(goes_on, tl.where(complete, finished, -1), alone)
     return after, (pending != 0) & (goes_on == 0), code_point
 
@@ -531,7 +532,15 @@ def _feed_token(
                 )
             if _any(moves & (code_point >= 0)):
                 state, best, seen = _feed_character(
-                    t, lane, state, code_point, moves & (code_point >= 0), best, seen, window, RECORD
+                    t,
+                    lane,
+                    state,
+                    code_point,
+                    moves & (code_point >= 0),
+                    best,
+                    seen,
+                    window,
+                    RECORD,
                 )
         after = tl.where(goes_on, decoded, after)
     return state, after, best, seen
@@ -561,7 +570,20 @@ def _end_bits(s, slot, token, end_stride, end_width):
 
 @triton.jit
 def _walk(
-    t, s, slot, lane, live, state, pending, token, ends, hidden, num_tokens, best, seen, window,
+    t,
+    s,
+    slot,
+    lane,
+    live,
+    state,
+    pending,
+    token,
+    ends,
+    hidden,
+    num_tokens,
+    best,
+    seen,
+    window,
     RECORD: tl.constexpr,
 ):
     """What `advance_kernel` does with one token: its text, then the text's end if it ends here."""
@@ -581,8 +603,19 @@ def _walk(
 
 @triton.jit
 def _advance_kernel(
-    t, s, idx_mapping, all_token_ids, token_stride, total_len, state_stride, end_stride, end_width,
-    num_tokens, num_spare, num_codes, TRACKS: tl.constexpr,
+    t,
+    s,
+    idx_mapping,
+    all_token_ids,
+    token_stride,
+    total_len,
+    state_stride,
+    end_stride,
+    end_width,
+    num_tokens,
+    num_spare,
+    num_codes,
+    TRACKS: tl.constexpr,
 ):
     slot = tl.load(idx_mapping + tl.program_id(0)).to(tl.int64)
     if slot < 0:
@@ -641,8 +674,20 @@ def _advance_kernel(
 
 @triton.jit
 def _decide_kernel(
-    t, s, sampled, idx_mapping, pos, total_len, processed, processed_stride, state_stride,
-    end_stride, end_width, num_tokens, LOOK: tl.constexpr, TRACKS: tl.constexpr,
+    t,
+    s,
+    sampled,
+    idx_mapping,
+    pos,
+    total_len,
+    processed,
+    processed_stride,
+    state_stride,
+    end_stride,
+    end_width,
+    num_tokens,
+    LOOK: tl.constexpr,
+    TRACKS: tl.constexpr,
 ):
     row = tl.program_id(0)
     slot = tl.load(idx_mapping + row).to(tl.int64)
@@ -718,8 +763,17 @@ def _decide_kernel(
 
 @triton.jit
 def _mask_kernel(
-    t, s, logits, logits_stride, idx_mapping, total_len, state_stride, end_stride, end_width,
-    num_tokens, BLOCK: tl.constexpr,
+    t,
+    s,
+    logits,
+    logits_stride,
+    idx_mapping,
+    total_len,
+    state_stride,
+    end_stride,
+    end_width,
+    num_tokens,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(idx_mapping + row).to(tl.int64)
@@ -751,12 +805,10 @@ def _mask_kernel(
         if (twin == 0) | (now != before):  # twins that have met complete the same
             state = tl.full((BLOCK,), 0, tl.int32) + now
             _, _, best, seen = _walk(
-                t, s, slot, _lane(t, token * 0 + track), live, state, pending, token, ends, hidden, num_tokens,
-                best, seen, 0, _BEST,
+                t, s, slot, _lane(t, token * 0 + track), live, state, pending, token, ends, hidden,
+                num_tokens, best, seen, 0, _BEST,
             )  # fmt: skip
         before = now
     group = tl.load(t.rank_group + best, mask=best != _NO_RANK, other=0)
     # Ranks put stop rules first: the lowest being a mask rule's, no stop rule completes.
-    tl.store(
-        logits + row * logits_stride + place, float("-inf"), mask=live & (group == MASK)
-    )
+    tl.store(logits + row * logits_stride + place, float("-inf"), mask=live & (group == MASK))

@@ -16,7 +16,23 @@ from streamguard_kernels.utf8 import (
 
 
 @njit(cache=True, nogil=True)
-def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending, found, final):
+def most_matches_per_byte(first_pattern, next_pattern, suffix_link):
+    """Most patterns that can end at one mapped byte of one automaton (arrays of that automaton)."""
+    chain = np.zeros(first_pattern.shape[0], np.int64)
+    longest = 0
+    for state in range(first_pattern.shape[0]):
+        count = 0 if state == 0 else chain[suffix_link[state]]
+        pattern = first_pattern[state]
+        while pattern >= 0:
+            count += 1
+            pattern = next_pattern[pattern]
+        chain[state] = count
+        longest = max(longest, count)
+    return longest
+
+
+@njit(cache=True, nogil=True)
+def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending, found, final, reserve):
     """Walk the tracks [lo, hi) over a stretch of raw bytes and report every match with its place.
 
     data          uint8[num_bytes]: the next raw bytes; raw_position is the offset of data[0].
@@ -27,15 +43,18 @@ def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending,
     found         int64[capacity, 4], out: known-at (raw offset whose byte made it certain), end,
                   rule, start.
     final         1 = the text ends after `data`.
-    Returns the number of matches. Above the capacity of `found` the rest is lost: the caller restores
-    states, positions, ring and pending and calls again with more room.
+    reserve       room in `found` that one byte can need; scanning stops before less is left.
+    Returns (bytes consumed, number of matches).
     """
     buffer = np.empty(MAX_MAPPED_BYTES, np.uint8)
     size = ring.shape[1]
     count = 0
     at = pending[0]
     began = pending[1]
+    consumed = 0
     for i in range(data.shape[0] + final):
+        if count + reserve > found.shape[0]:
+            break
         ending = i == data.shape[0]
         here = raw_position + i
         if ending:
@@ -98,11 +117,10 @@ def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending,
                             pattern = t.first_pattern[first_state + index]
                             while pattern >= 0:
                                 length = t.pattern_length[pattern]
-                                if count < found.shape[0]:
-                                    found[count, 0] = here
-                                    found[count, 1] = end
-                                    found[count, 2] = t.pattern_rule[pattern]
-                                    found[count, 3] = ring[k, (positions[k] - length) & (size - 1)]
+                                found[count, 0] = here
+                                found[count, 1] = end
+                                found[count, 2] = t.pattern_rule[pattern]
+                                found[count, 3] = ring[k, (positions[k] - length) & (size - 1)]
                                 count += 1
                                 pattern = t.next_pattern[pattern]
                             index = t.suffix_link[first_state + index]
@@ -110,6 +128,7 @@ def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending,
                                 break
         if at != 0 and not ending and (code_point < 0) and (before == 0 or broken):
             began = here
+        consumed += 1
     pending[0] = at
     pending[1] = began
-    return count
+    return consumed, count

@@ -95,6 +95,10 @@ class Program:
     def vocabulary(self) -> Vocabulary:
         return self.table.vocabulary
 
+    def states_of_track(self, track: int) -> int:
+        """Number of states of a track's automaton."""
+        return self._automata[self._track_automaton[track]].num_states
+
     def uses(self, group: int, policy: int | None = None) -> bool:
         """Whether any rule (of one policy) belongs to the group."""
         return self.table.uses(group, policy)

@@ -31,12 +31,8 @@ def load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
     from streamguard.vllm_plugin.processor import StreamguardProcessor
 
     if hasattr(sampler, "logits_processors"):
-        from streamguard.vllm_plugin.runner_v2 import guard_sampler
-
         found = sampler.logits_processors
     else:
-        from streamguard.vllm_plugin.runner_v1 import guard_sampler
-
         found = list(runner.input_batch.logitsprocs.all)
         # Under async scheduling the output lists hold -1 unless a processor is known to read them;
         # vLLM looks at --logits-processors only, not at entry points.
@@ -51,8 +47,7 @@ def load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
     processor = mine[0]
     body = processor.body
     assert body is not None  # noqa: S101  (a policy is configured)
-    guard_sampler(sampler, body)
-    body.runner = runner
+    body.attach(runner)
     processor.attested = True
     self.streamguard_attestation = PROVEN
     if getattr(self, "is_driver_worker", True):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamguard.errors import AttestationError
 from streamguard.row_guard import RowGuard
 from streamguard.verdict import FAILED
 from streamguard.vllm_plugin import beside
@@ -24,6 +25,10 @@ class Body:
     `on_error` says for each slot concerned whether the response ends there or goes on unguarded.
     """
 
+    #: vLLM's sampler class that this body knows, and the same with the guard in it.
+    known_sampler: type
+    guarded_sampler: type
+
     def __init__(self, context: Context, vllm_config: Any, num_slots: int) -> None:
         self.context = context
         self.metrics = context.worker_metrics
@@ -31,6 +36,18 @@ class Body:
         self.guard.warm_up()
         self.runner: Any = None  # set by attest
         self._max_model_len = vllm_config.model_config.max_model_len
+
+    def attach(self, runner: Any) -> None:
+        """Put the guard into a loaded runner's sampler. Raises AttestationError for another kind."""
+        kind = type(runner.sampler)
+        if kind is not self.known_sampler:
+            raise AttestationError(
+                f"this worker samples with {kind.__module__}.{kind.__qualname__}, which streamguard "
+                f"does not know. Use vLLM's own sampler."
+            )
+        runner.sampler.streamguard_body = self
+        runner.sampler.__class__ = self.guarded_sampler
+        self.runner = runner
 
     def admit(self, slot: int, params: Any, prompt: Sequence[int] | None) -> None:
         """Begin a request in a slot, from its parameters as admission completed them.
@@ -45,7 +62,7 @@ class Body:
         foreign = np.flatnonzero((ids < 0) | (ids >= len(program.vocabulary)))
         self.guard.admit(
             slot,
-            ids[foreign[-1] + 1 :] if len(foreign) else ids,
+            ids[foreign[-1] + 1 :].tolist() if len(foreign) else ids.tolist(),
             policy=entry.get("policy", program.policies[program.default_policy]),
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             hide_special_tokens=params.skip_special_tokens,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.sample.sampler import Sampler
 
-from streamguard.errors import AttestationError
 from streamguard.vllm_plugin.body import Body
 from streamguard.vllm_plugin.settings import Context
 
@@ -24,12 +23,37 @@ class _Row:
     output: list[int]
 
 
+class GuardedSampler(Sampler):
+    """Decides after sampling, where a completing token's probability is exactly the model's."""
+
+    streamguard_body: V1Body
+    _scrub_next = False
+
+    def sample(self, logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
+        sampled, processed = super().sample(logits, sampling_metadata, *args, **kwargs)
+        self.streamguard_body.after_sample(sampled, logits)
+        # gather_logprobs comes next for these rows, and only if logprobs were asked for.
+        wanted = sampling_metadata.max_num_logprobs
+        self._scrub_next = wanted is not None and wanted >= 0
+        return sampled, processed
+
+    def gather_logprobs(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = Sampler.gather_logprobs(*args, **kwargs)
+        if self._scrub_next:
+            self._scrub_next = False
+            self.streamguard_body.scrub_alternatives(tensors)
+        return tensors
+
+
 class V1Body(Body):
     """Rows of the persistent batch to slots of a RowGuard.
 
     On a GPU sampled tokens are read back once a step, which waits for the GPU; Model Runner V2,
     vLLM's default there, needs no such wait.
     """
+
+    known_sampler = Sampler
+    guarded_sampler = GuardedSampler
 
     def __init__(self, context: Context, vllm_config: Any) -> None:
         num_slots = 2 * vllm_config.scheduler_config.max_num_seqs
@@ -102,36 +126,3 @@ class V1Body(Body):
     def _free_slot(self, row: _Row) -> None:
         self.guard.release(row.slot)
         self._free.append(row.slot)
-
-
-class GuardedSampler(Sampler):
-    """Decides after sampling, where a completing token's probability is exactly the model's."""
-
-    streamguard_body: V1Body
-    _scrub_next = False
-
-    def sample(self, logits: Any, sampling_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        sampled, processed = super().sample(logits, sampling_metadata, *args, **kwargs)
-        self.streamguard_body.after_sample(sampled, logits)
-        # gather_logprobs comes next for these rows, and only if logprobs were asked for.
-        wanted = sampling_metadata.max_num_logprobs
-        self._scrub_next = wanted is not None and wanted >= 0
-        return sampled, processed
-
-    def gather_logprobs(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        tensors = Sampler.gather_logprobs(*args, **kwargs)
-        if self._scrub_next:
-            self._scrub_next = False
-            self.streamguard_body.scrub_alternatives(tensors)
-        return tensors
-
-
-def guard_sampler(sampler: Any, body: V1Body) -> None:
-    """Turn a sampler into a guarded one, in place. Raises AttestationError for an unknown kind."""
-    if type(sampler) is not Sampler:
-        raise AttestationError(
-            f"this worker samples with {type(sampler).__module__}.{type(sampler).__qualname__}, "
-            f"which streamguard does not know. Use vLLM's own sampler."
-        )
-    sampler.streamguard_body = body
-    sampler.__class__ = GuardedSampler

@@ -12,13 +12,38 @@ import torch
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from streamguard.compiler.rules import MASK
-from streamguard.errors import AttestationError
 from streamguard.vllm_plugin.body import Body
 from streamguard.vllm_plugin.settings import KEY, Context
 
 
+class GuardedSampler(Sampler):
+    """Decides after sampling, where a completing token's probability is exactly the model's."""
+
+    streamguard_body: V2Body
+
+    def __call__(self, logits: Any, input_batch: Any) -> Any:
+        output = super().__call__(logits, input_batch)
+        if output.logprobs_tensors is not None:
+            slots = input_batch.idx_mapping_np.tolist()
+            self.streamguard_body.scrub_alternatives(output.logprobs_tensors, slots)
+        return output
+
+    def sample(
+        self, logits: Any, expanded_idx_mapping: Any, idx_mapping: Any, idx_mapping_np: Any,
+        pos: Any, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        sampled, processed = super().sample(
+            logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *args, **kwargs
+        )
+        self.streamguard_body.after_sample(sampled, processed, idx_mapping_np.tolist(), pos)
+        return sampled, processed
+
+
 class V2Body(Body):
     """Slots of the runner are slots of a RowGuard."""
+
+    known_sampler = Sampler
+    guarded_sampler = GuardedSampler
 
     def __init__(self, context: Context, vllm_config: Any, req_states: Any) -> None:
         super().__init__(context, vllm_config, req_states.max_num_reqs)
@@ -91,37 +116,3 @@ class V2Body(Body):
     def _tokens(self, slot: int, begin: int, end: int) -> list[int]:
         ids: list[int] = self._requests.all_token_ids.gpu[slot, begin:end].cpu().tolist()
         return ids
-
-
-class GuardedSampler(Sampler):
-    """Decides after sampling, where a completing token's probability is exactly the model's."""
-
-    streamguard_body: V2Body
-
-    def __call__(self, logits: Any, input_batch: Any) -> Any:
-        output = super().__call__(logits, input_batch)
-        if output.logprobs_tensors is not None:
-            slots = input_batch.idx_mapping_np.tolist()
-            self.streamguard_body.scrub_alternatives(output.logprobs_tensors, slots)
-        return output
-
-    def sample(
-        self, logits: Any, expanded_idx_mapping: Any, idx_mapping: Any, idx_mapping_np: Any,
-        pos: Any, *args: Any, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        sampled, processed = super().sample(
-            logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *args, **kwargs
-        )
-        self.streamguard_body.after_sample(sampled, processed, idx_mapping_np.tolist(), pos)
-        return sampled, processed
-
-
-def guard_sampler(sampler: Any, body: V2Body) -> None:
-    """Turn a sampler into a guarded one, in place. Raises AttestationError for an unknown kind."""
-    if type(sampler) is not Sampler:
-        raise AttestationError(
-            f"this worker samples with {type(sampler).__module__}.{type(sampler).__qualname__}, "
-            f"which streamguard does not know. Use vLLM's own sampler."
-        )
-    sampler.streamguard_body = body
-    sampler.__class__ = GuardedSampler

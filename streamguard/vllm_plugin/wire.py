@@ -94,7 +94,7 @@ def _pick(logprobs: Any, shown: list[int]) -> Any:
 def from_new_request(original: Callable[..., Any], cls: Any, *args: Any, **kw: Any) -> Any:
     """Around RequestState.from_new_request: give a guarded request its reader."""
     state = original(cls, *args, **kw)
-    request = kw.get("request", args[1] if len(args) > 1 else None)
+    request: Any = kw["request"] if "request" in kw else args[1]
     params = getattr(request, "sampling_params", None)
     entry = (getattr(params, "extra_args", None) or {}).get(KEY)
     if entry is not None:

@@ -34,7 +34,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "sampled": SEEDED,
     "truncated": {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 2},
     "n2": {**SEEDED, "n": 2},
-    "greedy-n2": {"n": 2, "temperature": 0.0},
+    "greedy-n2": {"n": 2, "temperature": 1.0, "top_k": 1},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
     "sampled-penalties": {**SEEDED, "repetition_penalty": 1.2, "frequency_penalty": 0.7},
     "bias-towards": {**SEEDED, "logit_bias": "towards"},
@@ -223,7 +223,7 @@ def _stop_before(plan: Plan) -> str:
 def _fixed(plan: Plan) -> None:
     """Cases that need no reference."""
     k, x, y = plan.id_of("k"), plan.id_of("x"), plan.id_of("y")
-    begin = tokenizer(plan.model).bos_token_id
+    begin, _begin_text = tokenizer(plan.model).bos_token_id, tokenizer(plan.model).bos_token
     for action in ACTIONS:
         plan.policies[f"kk-{action}"] = [rule(action, "kkk")]
         plan.requests[f"only-pattern-{action}"] = Request(
@@ -243,7 +243,7 @@ def _fixed(plan: Plan) -> None:
     plan.policies["end-of-thinking"] = [rule("redirect", "</think")]
     plan.requests["end-of-thinking"] = Request(
         plan.references["thinking"].request.prompt,
-        {"thinking_token_budget": 3, "max_tokens": 14},
+        {"thinking_token_budget": 3, "max_tokens": 24},
         "end-of-thinking",
     )
     plan.requests["bias-towards-reserved"] = Request(

@@ -1,0 +1,178 @@
+"""The same text, tokens and literals on every machine: made from word lists and a seed.
+
+The text is plain English prose from sentence patterns; its words are frequent, so literals share
+their first words with it all the time and rarely match. A list of n literals is the head of one long
+list, and some of the first ten literals are planted in the text: every size sees hits.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamguard import Guard, Policy
+from streamguard.compiler.vocabulary import Vocabulary
+from streamguard.demo_model import demo_model
+
+SEED = 20_240_607
+RULES = 5
+#: Sentences without a planted literal for each one with it: one hit in about 300 tokens.
+_PLANTED_EVERY = 25
+
+# fmt: off
+_NOUNS = (
+    "river house city teacher garden letter window morning market child story road bridge winter "
+    "friend answer machine village picture doctor engine question summer family kitchen island "
+    "table library student message station mountain number reason paper language music field "
+    "problem system book history water school company moment neighbour train field box lamp coat"
+).split()
+_ADJECTIVES = (
+    "old quiet small bright cold simple careful early strange heavy green warm empty useful busy "
+    "distant famous gentle narrow patient public ready serious sudden thin whole young local recent "
+    "modern possible common clear deep dry fresh honest large light new"
+).split()
+_VERBS = (
+    "finds shows keeps leaves opens follows carries builds reads writes reaches covers changes "
+    "explains crosses watches remembers answers brings holds turns describes passes moves meets "
+    "joins needs starts supports visits"
+).split()
+_PREPOSITIONS = "near behind above beyond under beside before after without against toward".split()
+_OPENINGS = (
+    "In the evening", "After a while", "According to the report", "Most of the time", "As a rule",
+    "For this reason", "On the other hand", "Every other day", "At the end of the year", "However",
+)
+#: Words that the text never uses by itself, so that a literal ending in one never matches by chance.
+_RARE = (
+    "detonator cyanide forgery ransom smuggling counterfeit extortion sabotage poisoning overdose "
+    "arson ambush burglary shrapnel nitrate fentanyl gunpowder hostage lockpick malware mercury "
+    "napalm nightshade payload phishing ricin rootkit sedative silencer spyware tripwire trojan "
+    "venom warhead keylogger blackmail botnet bribery embezzlement explosive firebomb forgeries "
+    "grenade hemlock hijacking incendiary kidnapping laundering landmine larceny methanol narcotic "
+    "perjury pipebomb piracy plutonium racketeering sarin skimming stiletto strychnine thallium "
+    "toxin treason trespass uranium vandalism wiretap"
+).split()
+_SYLLABLES = (
+    "al an ar bel bor cal cor dan del dor el en fal fen gar gol har hel in jor kal ker lan lor mar "
+    "mel mor nar nel or pan per quor ral ren sal sel tan tor ul van vel wor yan zel zor"
+).split()
+# fmt: on
+
+
+def sentences(seed: int = SEED) -> Iterator[str]:
+    """English sentences without end; one in _PLANTED_EVERY holds one of the first ten literals."""
+    rng = random.Random(seed)
+    planted = literals(10)
+
+    def phrase() -> str:
+        noun = rng.choice(_NOUNS)
+        return f"the {rng.choice(_ADJECTIVES)} {noun}" if rng.random() < 0.5 else f"the {noun}"
+
+    while True:
+        parts = [phrase(), rng.choice(_VERBS), phrase()]
+        if rng.random() < 0.6:
+            parts += [rng.choice(_PREPOSITIONS), phrase()]
+        if rng.random() < 0.3:
+            parts += ["and", rng.choice(_VERBS), phrase()]
+        if rng.randrange(_PLANTED_EVERY) == 0:
+            literal = rng.choice(planted)
+            parts.append("with " + (literal.upper() if rng.random() < 0.3 else literal))
+        text = " ".join(parts)
+        if rng.random() < 0.3:
+            text = f"{rng.choice(_OPENINGS)}, {text}"
+        yield text[0].upper() + text[1:] + rng.choice((".", ".", ".", "!", "?")) + " "
+
+
+@lru_cache(maxsize=8)
+def literals(num_literals: int) -> tuple[str, ...]:
+    """The first of one fixed list of distinct phrases (3 in 4) and invented names (1 in 4)."""
+    rng = random.Random(SEED + 1)
+
+    def draw() -> str:
+        kind = rng.randrange(8)
+        rare = rng.choice(_RARE)
+        if kind < 2:
+            name = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 3, 3))))
+            return name.capitalize() + rng.choice(("x", "zine", "tek", "dryl", "quat"))
+        if kind < 4:
+            return f"{rng.choice(_ADJECTIVES)} {rare}"
+        if kind < 6:
+            return f"{rng.choice(_NOUNS)} {rare}"
+        return f"{rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {rare}"
+
+    found: dict[str, None] = {}
+    while len(found) < num_literals:
+        found.setdefault(draw())
+    return tuple(found)
+
+
+def rule_of(literal: int) -> int:
+    """Which rule of `policy` the literal of this index belongs to."""
+    return literal % RULES
+
+
+def policy(num_literals: int, action: str, *, name: str = "bench", case: bool = False) -> Policy:
+    """RULES rules that share the literals out among them."""
+    chosen = literals(num_literals)
+    return Policy.from_dict(
+        {
+            "version": 1,
+            "name": name,
+            "rules": [
+                {
+                    "id": f"rule-{rule}",
+                    "category": "custom",
+                    "literals": list(chosen[rule::RULES]),
+                    "normalize": ["case"] if case else [],
+                    "action": action,
+                }
+                for rule in range(RULES)
+            ],
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A tokenizer and the tokens of the text."""
+
+    tokenizer: Any
+    vocabulary: Vocabulary
+
+    @classmethod
+    def load(cls) -> Workload:
+        """SmolLM2's tokenizer: byte-level BPE, 49,152 tokens."""
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(demo_model()))
+        return cls(tokenizer, Vocabulary.from_tokenizer(tokenizer))
+
+    @cached_property
+    def tokens(self) -> NDArray[np.int64]:
+        """int64[num_tokens]: about 60,000 tokens of text."""
+        text = "".join(islice(sentences(), 5_000))
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+
+    def stream(self, batch: int, num_steps: int) -> NDArray[np.int64]:
+        """int64[num_steps, batch]: each column is a text of its own, a stretch of `tokens`."""
+        need = batch * num_steps
+        tokens = np.resize(self.tokens, need)
+        return np.ascontiguousarray(tokens.reshape(batch, num_steps).T)
+
+    def guard(self, num_literals: int, action: str, *, case: bool = False) -> Guard:
+        """The compiled policy over this vocabulary."""
+        return Guard(policy(num_literals, action, case=case), self.vocabulary)
+
+
+@lru_cache(maxsize=1)
+def shared() -> Workload:
+    """One workload per process."""
+    return Workload.load()
