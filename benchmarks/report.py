@@ -91,13 +91,14 @@ def _ratio(value: float) -> str:
 
 def _lines(cells: Iterable[Cell]) -> list[tuple[str, list[str]]]:
     """(room, columns) of each line: question, patterns, one column a batch size."""
-    grouped: dict[tuple[str, str, int], dict[int, str]] = {}
+    grouped: dict[tuple[str, str], dict[int, dict[int, str]]] = {}
     for cell in cells:
-        line = grouped.setdefault((cell.room, cell.question, cell.patterns), {})
-        line[cell.batch] = cell.text
+        question = grouped.setdefault((cell.room, cell.question), {})
+        question.setdefault(cell.patterns, {})[cell.batch] = cell.text
     return [
         (room, [question, f"{patterns:,}" if patterns else "–"] + [line.get(b, "") for b in BATCHES])
-        for (room, question, patterns), line in grouped.items()
+        for (room, question), by_patterns in grouped.items()
+        for patterns, line in sorted(by_patterns.items())
     ]
 
 

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from streamguard import Guard, Policy
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.demo_model import demo_model
+from streamguard.row_guard import RowGuard
+from streamguard.verdict import VerdictCodes
 
 SEED = 20_240_607
 RULES = 5
@@ -176,3 +178,17 @@ class Workload:
 def shared() -> Workload:
     """One workload per process."""
     return Workload.load()
+
+
+def row_guard(guard: Guard, batch: int) -> RowGuard:
+    """What the engine's host path drives, with texts without end in slots 0..batch."""
+    tokenizer = shared().tokenizer
+    codes = VerdictCodes.from_table(
+        guard.program.table,
+        lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+        lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=False)),
+    )
+    rows = RowGuard(guard.program, codes, batch)
+    for slot in range(batch):
+        rows.admit(slot, (), policy="bench", max_tokens=1 << 40)
+    return rows

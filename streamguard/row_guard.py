@@ -108,25 +108,17 @@ class RowGuard:
         """Put a script in place that the committed tokens do not show (verdicts kept beside)."""
         self._slots[slot].progress.rule, self._slots[slot].progress.step = rule, step
 
-    def commit(self, slots: Sequence[int], tokens: Sequence[int]) -> list[Fired]:
-        """Take in tokens that the engine committed; return the observe rules that they completed."""
-        feed_slots, feed_tokens, feed_rows = [], [], []
-        for row, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+    def commit(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Take in tokens that the engine committed; several of one slot in their order."""
+        feed_slots, feed_tokens = [], []
+        for slot, token in zip(slots, tokens, strict=True):
             state = self._slots[slot]
             state.committed += 1
             if not state.progress.commit(self.codes, state.policy, token):
                 feed_slots.append(slot)
                 feed_tokens.append(token)
-                feed_rows.append(row)
-        if not feed_slots:
-            return []
-        if not self.session.advance(feed_slots, feed_tokens).any():
-            return []
-        return [
-            Fired(feed_rows[row], rule)
-            for row, rule in self.session.events()
-            if self._group[rule] == OBSERVE
-        ]
+        if feed_slots:
+            self.session.advance(feed_slots, feed_tokens)
 
     def mask(self, logits: NDArray[np.float32], rows: Sequence[int], slots: Sequence[int]) -> None:
         """Make tokens that would complete a mask rule impossible; in place."""
@@ -149,7 +141,8 @@ class RowGuard:
 
         sampled     int64[num_rows]: row r belongs to slots[r].
         impossible  bool[num_rows]: the row had no possible token left after `mask`.
-        Returns the rules that fired now (a script that merely goes on fires nothing).
+        Returns every rule that a sampled token completes, observe rules included; a script that
+        merely goes on fires nothing.
         """
         fired: list[Fired] = []
         rows = []
@@ -175,12 +168,13 @@ class RowGuard:
             if not rules and impossible is not None and impossible[row]:
                 rules = [self._mask_rule(slot)]
             if not rules:
+                fired += [Fired(row, r) for r in sorted(events.get(row, ()))]
                 continue
             rule = min(rules, key=lambda r: self.program.rules[r].rank)
             progress = self._slots[slot].progress
             progress.remembered = rule
             sampled[row] = self.codes.scripts[rule][0]
-            fired += [Fired(row, r) for r in sorted(set(events.get(row, ())) | {rule})]
+            fired += [Fired(row, r) for r in sorted({*events.get(row, ()), rule})]
         return fired
 
     def completes(self, slot: int, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -116,6 +116,14 @@ class Session:
             self._state[slot, : hi - lo][twins] = t.track_start[lo:hi][twins]
         self._num_events[0] = 0  # what the prompt holds is no event
 
+    def snapshot(self, slot: int) -> tuple[NDArray[np.int64], int]:
+        """Copy of a slot's track states (int64[max_tracks]) and its unfinished character."""
+        return self._state[slot].copy(), int(self._pending[slot])
+
+    def end_bits(self, slot: int) -> int:
+        """What a token that ends the slot's text does: `advance.UNSEEN`, `advance.LAST`."""
+        return int(self._end_bits[slot])
+
     def release(self, slot: int) -> None:
         """Leave a slot unguarded until its next `reset`: its rows never hit."""
         self._policy[slot] = -1

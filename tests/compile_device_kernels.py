@@ -48,7 +48,7 @@ def main() -> None:
         built = compile(
             ASTSource(kernel, signature, constexprs=values),
             target=GPUTarget("cuda", ARCH, 32),
-            options={"num_warps": 1 if "TRACKS" in constants else 4},
+            options={"num_warps": 1 if "TRACKS" in constants else 8},
         )
         print(f"sm_{ARCH} {kernel.__name__} {constants}: {len(built.asm['cubin'])} bytes")
 

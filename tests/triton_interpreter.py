@@ -32,6 +32,20 @@ def enable() -> None:
 
     backends.setdefault("cpu", Backend(compiler=BaseBackend, driver=Driver))
     _patch_once_a_launch()
+    _patch_masks()
+
+
+def _patch_masks() -> None:
+    """Let a mask be of integers, as compiled kernels may: vLLM's grammar bitmask has such a one."""
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_masked_store
+
+    def store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return original(self, ptrs, value, mask, cache_policy)
+
+    interpreter.InterpreterBuilder.create_masked_store = store
 
 
 def _patch_once_a_launch() -> None:

@@ -71,7 +71,7 @@ class DeviceTables(NamedTuple):
     verdict_rule_of  int32[num_policies, num_spare]: the rule that a reserved id names, -1 = none
     code_index       int32[num_tokens]: what a token after MARKER_SPARE says, -1 = nothing
     code_rules       int32[num_policies, width]: the rule that it means, -1 = none
-    script_offsets   int32[num_rules + 1]; script_tokens int32[]: what a verdict says, from its id on
+    script_offsets   int32[num_rules + 1]; script_tokens int32[]: what a verdict says, id first
     eos_token        int32[1]
     """
 
@@ -326,7 +326,7 @@ def mask_rows(
     _mask_kernel[(idx_mapping.shape[0], triton.cdiv(num_tokens, block))](
         t, s, logits, logits.stride(0), idx_mapping, total_len,
         s.state.stride(0), s.end_tokens.stride(0), s.end_tokens.shape[1], num_tokens,
-        BLOCK=block,
+        BLOCK=block, num_warps=8,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from streamguard.errors import AttestationError
 from streamguard.row_guard import RowGuard
+from streamguard.session import Session
 from streamguard.verdict import FAILED
 from streamguard.vllm_plugin import beside
 from streamguard.vllm_plugin.settings import KEY, Context
@@ -18,24 +20,71 @@ from streamguard.vllm_plugin.settings import KEY, Context
 logger = logging.getLogger("vllm.streamguard")
 
 
-class Body:
-    """A RowGuard, its metrics, and the three phases of a step over a runner's rows.
+@dataclass(frozen=True)
+class Admission:
+    """What a guard needs to know of a request, from its parameters as admission completed them.
 
-    An error inside a phase never takes the engine down: it is counted and logged, and the policy's
-    `on_error` says for each slot concerned whether the response ends there or goes on unguarded.
+    A request that reached the engine without admission falls under the default policy.
+    max_tokens: most tokens that the text can have, the engine's own limit included.
     """
 
-    #: vLLM's sampler class that this body knows, and the same with the guard in it.
+    policy: str
+    prompt: list[int]
+    max_tokens: int
+    hide_special_tokens: bool
+    end_token_ids: list[int]
+    show_end_token: bool
+
+    @classmethod
+    def from_request(
+        cls, context: Context, params: Any, prompt: Sequence[int] | None, max_model_len: int
+    ) -> Admission:
+        """Read a request's parameters."""
+        entry = (params.extra_args or {}).get(KEY) or {}
+        table = context.table
+        ids = np.asarray(() if prompt is None else prompt, np.int64)
+        room = max_model_len - len(ids)
+        # Ids that the vocabulary does not have (placeholders of images, say) are no text.
+        foreign = np.flatnonzero((ids < 0) | (ids >= len(table.vocabulary)))
+        return cls(
+            policy=entry.get("policy", table.policies[table.default_policy]),
+            prompt=(ids[foreign[-1] + 1 :] if len(foreign) else ids).tolist(),
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            hide_special_tokens=params.skip_special_tokens,
+            end_token_ids=[
+                token
+                for token in entry.get("ends", params.stop_token_ids or ())
+                if 0 <= token < len(table.vocabulary)
+            ],
+            show_end_token=params.include_stop_str_in_output,
+        )
+
+    def reset(self, session: Session, slot: int) -> None:
+        """Begin the text in a session's slot."""
+        session.reset(
+            slot,
+            self.prompt,
+            policy=self.policy,
+            hide_special_tokens=self.hide_special_tokens,
+            end_token_ids=self.end_token_ids,
+            show_end_token=self.show_end_token,
+        )
+
+
+class Attached:
+    """A body that sits in a runner's sampler.
+
+    known_sampler, guarded_sampler: vLLM's sampler class, and the same with the guard in it.
+    """
+
     known_sampler: type
     guarded_sampler: type
 
-    def __init__(self, context: Context, vllm_config: Any, num_slots: int) -> None:
+    def __init__(self, context: Context, vllm_config: Any) -> None:
         self.context = context
         self.metrics = context.worker_metrics
-        self.guard = RowGuard(context.program, context.codes, num_slots)
-        self.guard.warm_up()
-        self.runner: Any = None  # set by attest
-        self._max_model_len = vllm_config.model_config.max_model_len
+        self.runner: Any = None
+        self._max_model_len: int = vllm_config.model_config.max_model_len
 
     def attach(self, runner: Any) -> None:
         """Put the guard into a loaded runner's sampler. Raises AttestationError for another kind."""
@@ -49,32 +98,36 @@ class Body:
         runner.sampler.__class__ = self.guarded_sampler
         self.runner = runner
 
-    def admit(self, slot: int, params: Any, prompt: Sequence[int] | None) -> None:
-        """Begin a request in a slot, from its parameters as admission completed them.
 
-        A request that reached the engine without admission falls under the default policy.
-        """
-        entry = (params.extra_args or {}).get(KEY) or {}
-        ids = np.asarray(() if prompt is None else prompt, np.int64)
-        room = self._max_model_len - len(ids)
-        program = self.guard.program
-        # Ids that the vocabulary does not have (placeholders of images, say) are no text.
-        foreign = np.flatnonzero((ids < 0) | (ids >= len(program.vocabulary)))
+class Body(Attached):
+    """A RowGuard, its metrics, and the three phases of a step over a runner's rows.
+
+    An error inside a phase never takes the engine down: it is counted and logged, and the policy's
+    `on_error` says for each slot concerned whether the response ends there or goes on unguarded.
+    """
+
+    def __init__(self, context: Context, vllm_config: Any, num_slots: int) -> None:
+        super().__init__(context, vllm_config)
+        self.guard = RowGuard(context.program, context.codes, num_slots)
+        self.guard.warm_up()
+
+    def admit(self, slot: int, params: Any, prompt: Sequence[int] | None) -> None:
+        """Begin a request in a slot."""
+        admission = Admission.from_request(self.context, params, prompt, self._max_model_len)
         self.guard.admit(
             slot,
-            ids[foreign[-1] + 1 :].tolist() if len(foreign) else ids.tolist(),
-            policy=entry.get("policy", program.policies[program.default_policy]),
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            hide_special_tokens=params.skip_special_tokens,
-            end_token_ids=entry.get("ends", params.stop_token_ids or ()),
-            show_end_token=params.include_stop_str_in_output,
+            admission.prompt,
+            policy=admission.policy,
+            max_tokens=admission.max_tokens,
+            hide_special_tokens=admission.hide_special_tokens,
+            end_token_ids=admission.end_token_ids,
+            show_end_token=admission.show_end_token,
         )
 
     def commit(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Take in tokens that the engine committed; count observe rules."""
+        """Take in tokens that the engine committed."""
         try:
-            for fired in self.guard.commit(slots, tokens):
-                self.metrics.verdict(self.context.labels(fired.rule))
+            self.guard.commit(slots, tokens)
         except Exception:
             self._fail(slots)
 

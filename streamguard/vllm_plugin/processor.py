@@ -20,6 +20,7 @@ from streamguard.vllm_plugin.settings import Context
 if TYPE_CHECKING:
     from streamguard.vllm_plugin.runner_v1 import V1Body
     from streamguard.vllm_plugin.runner_v2 import V2Body
+    from streamguard.vllm_plugin.runner_v2_host import V2HostBody
 
 
 class StreamguardProcessor(V1LogitsProcessor, V2LogitsProcessor):
@@ -29,7 +30,7 @@ class StreamguardProcessor(V1LogitsProcessor, V2LogitsProcessor):
     Inert without a policy. Raises AttestationError if the general plugin did not run.
     """
 
-    body: V1Body | V2Body | None
+    body: V1Body | V2Body | V2HostBody | None
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:
         self.body = None
@@ -46,6 +47,10 @@ class StreamguardProcessor(V1LogitsProcessor, V2LogitsProcessor):
             from streamguard.vllm_plugin.runner_v1 import V1Body
 
             self.body = V1Body(context, vllm_config)
+        elif context.codes.kept_beside:
+            from streamguard.vllm_plugin.runner_v2_host import V2HostBody
+
+            self.body = V2HostBody(context, vllm_config, rest[0])
         else:
             from streamguard.vllm_plugin.runner_v2 import V2Body
 
@@ -63,6 +68,11 @@ class StreamguardProcessor(V1LogitsProcessor, V2LogitsProcessor):
     def add_request(self, req_idx: int, params: Any) -> bool:
         """V2: begin in a slot; True if the request's logits may need a mask."""
         return self.body is not None and bool(self._attested_body().add_request(req_idx, params))
+
+    def apply_staged_writes(self) -> None:
+        """V2: bring what `add_request` noted to the device."""
+        if self.body is not None:
+            self._attested_body().apply_staged_writes()
 
     def apply(self, logits: Any, ctx: Any = None) -> Any:
         """Commit new tokens, then mask; both runners."""

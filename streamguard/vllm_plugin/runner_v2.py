@@ -1,4 +1,4 @@
-"""The guard inside Model Runner V2: slots, tokens in device buffers.
+"""The guard inside Model Runner V2, on the device: three kernel launches a step, no host sync.
 
 State is rebuilt from `all_token_ids[slot, :total_len]`, which is authoritative: preempted requests,
 async scheduling and prefill chunks come out right without any call being counted.
@@ -6,14 +6,25 @@ async scheduling and prefill chunks come out right without any call being counte
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from streamguard_kernels import device as kernels
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from streamguard.compiler.rules import MASK
-from streamguard.vllm_plugin.body import Body
-from streamguard.vllm_plugin.settings import KEY, Context
+from streamguard.session import Session
+from streamguard.vllm_plugin import body
+from streamguard.vllm_plugin.settings import Context
+
+logger = logging.getLogger("vllm.streamguard")
+_PUBLISH_EVERY_S = 0.25
 
 
 class GuardedSampler(Sampler):
@@ -24,95 +35,249 @@ class GuardedSampler(Sampler):
     def __call__(self, logits: Any, input_batch: Any) -> Any:
         output = super().__call__(logits, input_batch)
         if output.logprobs_tensors is not None:
-            slots = input_batch.idx_mapping_np.tolist()
-            self.streamguard_body.scrub_alternatives(output.logprobs_tensors, slots)
+            self.streamguard_body.scrub(output.logprobs_tensors, input_batch.idx_mapping)
         return output
 
     def sample(
         self, logits: Any, expanded_idx_mapping: Any, idx_mapping: Any, idx_mapping_np: Any,
-        pos: Any, *args: Any, **kwargs: Any,
+        pos: Any, input_ids: Any, expanded_local_pos: Any, seq_lens_upper_bound_np: Any,
+        *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         sampled, processed = super().sample(
-            logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *args, **kwargs
+            logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, input_ids,
+            expanded_local_pos, seq_lens_upper_bound_np, *args, **kwargs,
+        )  # fmt: skip
+        sampled = self.streamguard_body.after_sample(
+            sampled, processed, idx_mapping, idx_mapping_np, pos, seq_lens_upper_bound_np
         )
-        self.streamguard_body.after_sample(sampled, processed, idx_mapping_np.tolist(), pos)
         return sampled, processed
 
 
-class V2Body(Body):
-    """Slots of the runner are slots of a RowGuard."""
+@dataclass
+class _Entering:
+    """A request that begins (or resumes) in a slot with the next step."""
+
+    policy: int
+    hidden: bool
+    end_tokens: list[int]
+    end_bits: int
+    state: np.ndarray
+    pending: int
+    prompt_len: int
+    limit: int
+
+
+class V2Body(body.Attached):
+    """Slots of the runner are slots of the kernels' `Slots`."""
 
     known_sampler = Sampler
     guarded_sampler = GuardedSampler
 
     def __init__(self, context: Context, vllm_config: Any, req_states: Any) -> None:
-        super().__init__(context, vllm_config, req_states.max_num_reqs)
+        super().__init__(context, vllm_config)
+        program, codes = context.program, context.codes
         self._requests = req_states
-        self._params: dict[int, Any] = {}  # of slots whose tokens were not read yet
-        self._guarded: set[int] = set()
+        self._device = req_states.device
+        assert codes.stop_id is not None and codes.marker_id is not None  # noqa: S101, PT018
+        table = context.table
+        self._tables = kernels.to_device(
+            program.tables,
+            rule_group=[r.group for r in table.rules],
+            rule_policy=[table.policies.index(r.policy) for r in table.rules],
+            stop_id=codes.stop_id,
+            marker_id=codes.marker_id,
+            rule_of=codes.rule_of,
+            scripts=codes.scripts,
+            code_of=codes.code_of,
+            code_rules=codes.policy_rules,
+            eos_token=codes.eos_id,
+            device=self._device,
+        )
+        num_slots = req_states.max_num_reqs
+        self._slots = kernels.new_slots(
+            num_slots, program.max_tracks, len(table.rules), self._device
+        )
+        self._session = Session(program, 1)  # on the host, for prompts only
+        self._prompts: dict[int, list[int]] = {}
+        self._entering: dict[int, _Entering] = {}
+        self._policy = np.full(num_slots, -1, np.int64)
+        self._masks = np.array([table.uses(MASK, p) for p in range(len(table.policies))] + [False])
+        self._advanced = False  # by `apply`, in this step
+        self._published = np.zeros(len(table.rules), np.int64)
+        self._stepped = threading.Event()
+        if self._device.type != "cpu":
+            threading.Thread(target=self._publish_forever, daemon=True).start()
+
+    def attach(self, runner: Any) -> None:
+        """Take the sampler, and listen where the runner learns a request's tokens (on the host)."""
+        super().attach(runner)
+        states = runner.req_states
+        original: Callable[..., None] = states.add_request
+
+        def add_request(
+            req_id: str, prompt_len: int, all_token_ids: list[int], *args: Any, **kwargs: Any
+        ) -> None:
+            original(req_id, prompt_len, all_token_ids, *args, **kwargs)
+            self._prompts[states.req_id_to_index[req_id]] = all_token_ids[:prompt_len]
+
+        states.add_request = add_request
 
     def add_request(self, slot: int, params: Any) -> bool:
-        """Begin a request; its tokens are read with its first step."""
-        self.guard.release(slot)
-        self._guarded.discard(slot)
-        self._params[slot] = params
-        table = self.context.table
-        name = ((params.extra_args or {}).get(KEY) or {}).get("policy")
-        policy = table.default_policy if name is None else table.policies.index(name)
-        return table.uses(MASK, policy)
+        """Begin a request; the sampler calls this right after the runner stored its tokens."""
+        prompt = self._prompts.pop(slot, [])
+        admission = body.Admission.from_request(self.context, params, prompt, self._max_model_len)
+        session = self._session
+        admission.reset(session, 0)
+        policy = self.context.table.policies.index(admission.policy)
+        self._policy[slot] = policy
+        self._entering[slot] = _Entering(
+            policy,
+            admission.hide_special_tokens,
+            admission.end_token_ids,
+            session.end_bits(0),
+            *session.snapshot(0),
+            len(prompt),
+            len(prompt) + admission.max_tokens,
+        )
+        return bool(self._masks[policy])
+
+    def apply_staged_writes(self) -> None:
+        """Write what entered since the last step to the device, in one copy per array."""
+        if not self._entering:
+            return
+        entering, self._entering = self._entering, {}
+        width = max(len(e.end_tokens) for e in entering.values())
+        missing = width - self._slots.end_tokens.shape[1]
+        if missing > 0:
+            wider = torch.nn.functional.pad(self._slots.end_tokens, (0, missing), value=-1)
+            self._slots = self._slots._replace(end_tokens=wider)
+        index = self._put(list(entering))
+        values = entering.values()
+        width = self._slots.end_tokens.shape[1]
+        columns: dict[str, Any] = {
+            "policy": [e.policy for e in values],
+            "hidden": [int(e.hidden) for e in values],
+            "seen": [e.prompt_len for e in values],
+            "state": np.stack([e.state for e in values]),
+            "pending": [e.pending for e in values],
+            "verdict_rule": [kernels.NO_VERDICT.value] * len(entering),
+            "verdict_step": [0] * len(entering),
+            "pending_rule": [kernels.UNKNOWN_RULE.value] * len(entering),
+            "limit": [e.limit for e in values],
+            "end_tokens": [e.end_tokens + [-1] * (width - len(e.end_tokens)) for e in values],
+            "end_bits": [e.end_bits for e in values],
+        }
+        for name, column in columns.items():
+            target: torch.Tensor = getattr(self._slots, name)
+            target[index] = self._put(column).to(target.dtype)
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> None:
         """Commit, then mask."""
-        slots = ctx.idx_mapping_np.tolist()
-        self._commit(slots)
-        self.mask(logits, self._slot_of_row(slots))
+        if not self._masks[self._policy[ctx.idx_mapping_np]].any():
+            return
+        try:
+            self._advance(ctx.idx_mapping)
+            self._advanced = True
+            with self.metrics.timed("mask"):
+                kernels.mask_rows(
+                    self._tables, self._slots, logits, ctx.idx_mapping,
+                    self._requests.total_len.gpu,
+                )  # fmt: skip
+        except Exception:
+            self._failed("mask")
 
     def after_sample(
-        self, sampled: torch.Tensor, logits: torch.Tensor, slots: list[int], pos: torch.Tensor
-    ) -> None:
-        """Turn samples that would complete a match into verdicts, in place."""
-        self._commit(slots)
-        slot_of_row = self._slot_of_row(slots)
-        if slot_of_row:
+        self,
+        sampled: torch.Tensor,
+        logits: torch.Tensor,
+        idx_mapping: torch.Tensor,
+        idx_mapping_np: np.ndarray,
+        pos: torch.Tensor,
+        seq_lens: np.ndarray,
+    ) -> torch.Tensor:
+        """Turn samples that would complete a match into verdicts; returns int64[num_rows]."""
+        policies = self._policy[idx_mapping_np]
+        if (policies < 0).all():
+            return sampled
+        sampled = sampled.to(torch.int64).contiguous()
+        try:
+            if not self._advanced:
+                self._advance(idx_mapping)
+            self._advanced = False
             with self.metrics.timed("decide"):
-                total = self._requests.total_len.gpu.cpu().numpy()
-                at = pos.cpu().numpy()
-                valid = {r: bool(at[r] + 1 >= total[slot]) for r, slot in slot_of_row.items()}
-                self.decide(sampled, logits, slot_of_row, valid, self._request_ids(slots))
+                kernels.decide_rows(
+                    self._tables, self._slots, sampled, idx_mapping, pos,
+                    self._requests.total_len.gpu,
+                    logits if self._masks[policies].any() else None,
+                )  # fmt: skip
+        except Exception:
+            self._failed("decide")
+            self._end(sampled, policies)
+        complete = seq_lens >= self._requests.prefill_len.np[idx_mapping_np]
+        self.metrics.tokens(int((complete & (policies >= 0)).sum()))
+        if self._device.type == "cpu":
+            self._publish(self._slots.counts.numpy())
+        self._stepped.set()
+        return sampled
 
-    def scrub_alternatives(self, tensors: Any, slots: list[int]) -> None:
-        """Scrub the logprobs of the rows that were sampled last."""
-        self.scrub(tensors.logprob_token_ids, tensors.logprobs, self._slot_of_row(slots))
+    def scrub(self, tensors: Any, idx_mapping: torch.Tensor) -> None:
+        """Hide alternatives that would complete a match behind the sampled token's own entry.
 
-    def _slot_of_row(self, slots: list[int]) -> dict[int, int]:
-        return {row: slot for row, slot in enumerate(slots) if slot in self._guarded}
+        The alternatives are decided on as if they had been sampled; what changes must not show.
+        """
+        ids, logprobs = tensors.logprob_token_ids, tensors.logprobs
+        alternatives = ids[:, 1:].shape[1]
+        if not alternatives:
+            return
+        tried = ids[:, 1:].reshape(-1).to(torch.int64).contiguous()
+        kept = tried.clone()
+        slots = idx_mapping.repeat_interleave(alternatives)
+        remembered = self._slots.pending_rule.clone()
+        never = torch.full_like(slots, -1)  # a position that counts nothing
+        kernels.decide_rows(
+            self._tables, self._slots, tried, slots, never, self._requests.total_len.gpu
+        )
+        self._slots.pending_rule.copy_(remembered)
+        hidden = (tried != kept).view(-1, alternatives)
+        ids[:, 1:] = torch.where(hidden, ids[:, :1], ids[:, 1:])
+        logprobs[:, 1:] = torch.where(hidden, logprobs[:, :1], logprobs[:, 1:])
 
-    def _request_ids(self, slots: list[int]) -> dict[int, str]:
-        if not self.context.codes.kept_beside:
-            return {}
-        names = self.runner.req_states.index_to_req_id
-        return {slot: names[slot] for slot in slots if slot in self._guarded}
-
-    def _commit(self, slots: list[int]) -> None:
+    def _advance(self, idx_mapping: torch.Tensor) -> None:
         with self.metrics.timed("commit"):
-            total = self._requests.total_len.gpu.cpu().numpy()
-            feed_slots: list[int] = []
-            feed_tokens: list[int] = []
-            for slot in slots:
-                params = self._params.pop(slot, None)
-                prompt_len = int(self._requests.prompt_len.np[slot])
-                if params is not None:
-                    self.admit(slot, params, self._tokens(slot, 0, prompt_len))
-                    self._guarded.add(slot)
-                if slot in self._guarded:
-                    begin = prompt_len + self.guard.committed(slot)
-                    new = self._tokens(slot, begin, int(total[slot]))
-                    feed_slots += [slot] * len(new)
-                    feed_tokens += new
-            self.commit(feed_slots, feed_tokens)
-            if self.context.codes.kept_beside:
-                self.restore(self._request_ids(slots))
+            kernels.advance_slots(
+                self._tables, self._slots, idx_mapping, self._requests.all_token_ids.gpu,
+                self._requests.total_len.gpu,
+            )  # fmt: skip
 
-    def _tokens(self, slot: int, begin: int, end: int) -> list[int]:
-        ids: list[int] = self._requests.all_token_ids.gpu[slot, begin:end].cpu().tolist()
-        return ids
+    def _failed(self, phase: str) -> None:
+        self.metrics.error()
+        logger.exception("streamguard: error in %s; on_error decides for its responses", phase)
+
+    def _end(self, sampled: torch.Tensor, policies: np.ndarray) -> None:
+        """Stop the rows whose policy says `on_error: block`."""
+        every = list(self.context.policies.policies.values())
+        blocked = [p >= 0 and every[p].on_error == "block" for p in policies]
+        sampled[self._put(np.flatnonzero(blocked))] = self.context.codes.stop_id or 0
+
+    def _put(self, values: Any) -> torch.Tensor:
+        host = torch.as_tensor(np.asarray(values, np.int64))
+        if self._device.type != "cuda":
+            return host.to(self._device)
+        return host.pin_memory().to(self._device, non_blocking=True)
+
+    def _publish(self, counts: np.ndarray) -> None:
+        for rule in np.flatnonzero(counts != self._published):
+            grown = int(counts[rule] - self._published[rule])
+            self.metrics.verdict(self.context.labels(int(rule)), grown)
+        self._published = counts.copy()
+
+    def _publish_forever(self) -> None:
+        """Read the counts on a stream of their own, off the critical path."""
+        stream = torch.cuda.Stream(self._device)
+        while True:
+            self._stepped.wait()
+            self._stepped.clear()
+            time.sleep(_PUBLISH_EVERY_S)
+            with torch.cuda.stream(stream):
+                counts = self._slots.counts.to("cpu")
+            self._publish(counts.numpy())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +20,13 @@ def model(tiny_models: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plain(model: Path) -> Iterator[LLM]:
+def plain(model: Path) -> LLM:
     """The unguarded engine."""
     options = {
         "reasoning_config": case_table.REASONING,
         "structured_outputs_config": case_table.GRAMMAR,
     }
-    with engine(model, **options) as llm:
-        yield llm
+    return engine(model, **options)
 
 
 @pytest.fixture(scope="session")
@@ -43,14 +42,13 @@ def policies(plan: case_table.Plan, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def guarded(model: Path, policies: Path) -> Iterator[LLM]:
+def guarded(model: Path, policies: Path) -> LLM:
     """The guarded engine."""
     options = {
         "reasoning_config": case_table.REASONING,
         "structured_outputs_config": case_table.GRAMMAR,
     }
-    with engine(model, policies, **options) as llm:
-        yield llm
+    return engine(model, policies, **options)
 
 
 @dataclass

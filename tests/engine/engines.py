@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,10 +12,17 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.ops import topk_topp_sampler
 
 #: Set by tests/triton_interpreter.py: this process runs Model Runner V2, interpreted.
 MRV2 = os.environ.get("STREAMGUARD_TEST_MRV2") == "1"
 MAX_SEQS = 64
+_ALIVE: list[LLM] = []
+
+if MRV2:
+    # Triton's interpreter cannot run vLLM's top-k/top-p kernel ("'int' object has no attribute
+    # 'to'"); without it vLLM takes its PyTorch version.
+    topk_topp_sampler.HAS_TRITON = False
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,8 @@ class Reply:
     deltas: list[str] = field(default_factory=list)
 
 
-@contextlib.contextmanager
-def engine(model: Path, policies: Path | None = None, **options: Any) -> Iterator[LLM]:
-    """A running engine; freed at the end."""
+def engine(model: Path, policies: Path | None = None, **options: Any) -> LLM:
+    """Start an engine in this process. It is small, and lives until the process ends."""
     if policies is not None:
         options["additional_config"] = {"streamguard": {"policy": str(policies)}}
     defaults = {
@@ -71,12 +75,9 @@ def engine(model: Path, policies: Path | None = None, **options: Any) -> Iterato
         "dtype": "float32",
     }
     llm = LLM(str(model), **{**defaults, **options})
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
+    # vLLM's shutdown, also by garbage collection, ends the process group of all its engines.
+    _ALIVE.append(llm)
+    return llm
 
 
 def scheduler(llm: LLM) -> Any:

@@ -51,11 +51,11 @@ def assert_same(reply: Reply, reference: Reply) -> None:
 
 def test_this_run_uses_the_runner_that_it_claims_to_use(guarded: LLM) -> None:
     runner = type(worker(guarded).model_runner).__module__
-    body = "V2Body" if MRV2 else "V1Body"
     assert runner == (
         "vllm.v1.worker.cpu.model_runner" if MRV2 else "vllm.v1.worker.cpu_model_runner"
     )
-    assert type(worker(guarded).model_runner.sampler.streamguard_body).__name__ == body
+    sampler = type(worker(guarded).model_runner.sampler).__module__
+    assert sampler == f"streamguard.vllm_plugin.{'runner_v2' if MRV2 else 'runner_v1'}"
     assert worker(guarded).streamguard_attestation == "in place"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,20 @@ def preempted(monkeypatch: pytest.MonkeyPatch) -> Callable[[LLM], list[tuple[str
 def test_preemption_at_every_single_step_changes_no_outcome(
     plan: Plan, guarded: LLM, outcome: Outcome, preempted: Callable[[LLM], list[tuple[str, int]]]
 ) -> None:
-    names = [n for n in plan.requests if not n.startswith(("crowd", "idle"))]
+    # A thinking budget does not survive preemption in V1 itself (vLLM 0.32: "<<<<" for ever).
+    left_out = ("crowd", "idle", *(() if MRV2 else ("thinking", "end-of-thinking")))
+    names = [n for n in plan.requests if not n.startswith(left_out)]
     if MRV2:  # a third of a second a step there
-        kinds = ("greedy", "sampled", "n2", "many", "cut-message", "only-pattern", "grammar")
+        kinds = (
+            "greedy",
+            "sampled",
+            "n2",
+            "thinking",
+            "many",
+            "cut-message",
+            "only-pattern",
+            "grammar",
+        )
         names = [n for n in names if n.startswith(kinds)]
     seen = preempted(guarded)
     before = verdict_counts()
@@ -100,8 +111,7 @@ def long_prompts(model: Path) -> list[list[int]]:
 def chunked_references(model: Path, long_prompts: list[list[int]]) -> list[Reply]:
     requests = [Request(p, {"max_tokens": 12}) for p in long_prompts]
     requests.append(Request(long_prompts[0][:CHUNK], {"max_tokens": 1}))
-    with engine(model, **CHUNKED) as llm:
-        return [replies[0] for replies in generate(llm, requests)]
+    return [replies[0] for replies in generate(engine(model, **CHUNKED), requests)]
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +133,15 @@ def chunked(
     chunked_references: list[Reply],
     chunked_patterns: dict[int, tuple[str, int]],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[LLM]:
+) -> LLM:
     literals = list(dict.fromkeys(literal for literal, _ in chunked_patterns.values()))
     # What the model would have said after the first chunk; nobody asked it to.
     pieces = token_bytes(model)
     between = pieces[long_prompts[0][CHUNK - 1]] + pieces[chunked_references[-1].tokens[0]]
     policies = {action: [rule(action, *literals)] for action in ACTIONS}
     policies["between-chunks"] = [rule("halt", between.decode(errors="ignore"))]
-    with engine(
-        model, policy_folder(tmp_path_factory.mktemp("chunked") / "p", policies), **CHUNKED
-    ) as llm:
-        yield llm
+    folder = policy_folder(tmp_path_factory.mktemp("chunked") / "p", policies)
+    return engine(model, folder, **CHUNKED)
 
 
 def test_verdicts_after_a_prompt_in_chunks_and_after_a_cached_prompt(
@@ -185,8 +193,8 @@ def test_requests_preempted_for_want_of_memory_keep_their_verdicts(
     prompts = tokenizer(model).encode(LONG)
     params = {"max_tokens": 70 if not MRV2 else 50, "ignore_eos": True}
     requests = [Request(prompts[: 8 + i], params) for i in range(8)]
-    with engine(model, **{**CRAMPED, "num_gpu_blocks_override": 64}) as llm:
-        references = [replies[0] for replies in generate(llm, requests)]
+    roomy = engine(model, **{**CRAMPED, "num_gpu_blocks_override": 64})
+    references = [replies[0] for replies in generate(roomy, requests)]
     literals: dict[int, tuple[str, int]] = {}
     for i, reference in enumerate(references):
         # Late in the text, when the memory has run out.
@@ -195,13 +203,13 @@ def test_requests_preempted_for_want_of_memory_keep_their_verdicts(
             literals[i] = (found.literal, found.index)
     assert len(literals) >= 3
     policies = {f"p{i}": [rule(ACTIONS[i % 3], text)] for i, (text, _) in literals.items()}
-    with engine(model, policy_folder(tmp_path / "p", policies), **CRAMPED) as llm:
-        seen = preempted(llm)
-        guarded = [
-            Request(r.prompt, r.params, f"p{i}" if i in literals else None)
-            for i, r in enumerate(requests)
-        ]
-        replies = [mine[0] for mine in stream(llm, guarded)]
+    llm = engine(model, policy_folder(tmp_path / "p", policies), **CRAMPED)
+    seen = preempted(llm)
+    guarded = [
+        Request(r.prompt, r.params, f"p{i}" if i in literals else None)
+        for i, r in enumerate(requests)
+    ]
+    replies = [mine[0] for mine in stream(llm, guarded)]
     print(f"preempted (request, tokens written): {seen}")
     resumed = {int(name.split("-")[0]) for name, written in seen if written > 0}
     assert resumed & set(literals), "no request with a pattern was preempted after its first token"
