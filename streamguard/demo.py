@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -119,7 +120,9 @@ def _free_port() -> int:
 
 
 @contextmanager
-def serve(model: Path, log: Path, policy: Path | None) -> Iterator[Server]:
+def serve(
+    model: Path, log: Path, policy: Path | None, options: Sequence[str] = ()
+) -> Iterator[Server]:
     """Run `vllm serve` on a free port of this machine; ended on leaving."""
     port = _free_port()
     environment = {
@@ -135,18 +138,22 @@ def serve(model: Path, log: Path, policy: Path | None) -> Iterator[Server]:
         str(Path(sys.executable).parent / "vllm"), "serve", str(model),
         "--served-model-name", _NAME, "--host", "127.0.0.1", "--port", str(port),
         "--max-model-len", "1024", "--max-num-seqs", "16", "--enforce-eager",
+        *options,
     ]  # fmt: skip
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
+        # A session of its own: whatever becomes of the server, its engine processes end with us.
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=sink, env=environment, start_new_session=True
+        )
     try:
         yield Server(process, port, log)
     finally:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def value(metrics: str, name: str, **labels: str) -> float:
@@ -186,7 +193,7 @@ def _failures(metrics: str, answers: list[tuple[Case, Answer, Answer]]) -> list[
         for word in case.gone:
             if word.casefold() in guarded.text.casefold():
                 found.append(f"{case.prompt!r}: the guarded text contains {word!r}")
-        if not any(word.casefold() in plain.text.casefold() for word in case.gone ):
+        if not any(word.casefold() in plain.text.casefold() for word in case.gone):
             found.append(f"{case.prompt!r}: the unguarded model wrote none of {case.gone}")
         wanted = f"streamguard:{case.rule}" if case.rule else None
         if wanted and (guarded.finish_reason, guarded.stop_reason) != ("content_filter", wanted):

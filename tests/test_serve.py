@@ -18,6 +18,7 @@ from streamguard.demo import Server, serve, value
 
 pytestmark = pytest.mark.engine
 PROMPT = "the quick brown"
+OPTIONS = ("--dtype", "float32")
 _POLICIES = {
     "halting": {"action": "halt"},
     "redirecting": {"action": "redirect", "message": " Let us talk of something else."},
@@ -58,7 +59,7 @@ def servers(
     """A guarded server, and what the model writes on PROMPT without a policy that stops it."""
     folder = tmp_path_factory.mktemp("serve")
     model = tiny_models("byte_level_bpe")
-    with serve(model, folder / "plain.log", None) as plain:
+    with serve(model, folder / "plain.log", None, OPTIONS) as plain:
         text = complete(wait(plain), max_tokens=24, ignore_eos=True).json()["choices"][0]["text"]
     pattern = text[8:14]
     policies = folder / "policies"
@@ -76,7 +77,7 @@ def servers(
             "rules": [{"id": f"rule-{name}", "literals": [literals.get(name, pattern)], **rule}],
         }
         (policies / f"{name}.yaml").write_text(yaml.safe_dump(content, allow_unicode=True))
-    with serve(model, folder / "guarded.log", policies) as guarded:
+    with serve(model, folder / "guarded.log", policies, OPTIONS) as guarded:
         yield wait(guarded), text
 
 
@@ -205,13 +206,13 @@ def test_a_killed_server_leaves_no_stale_values_behind(
         )
     )
     model = tiny_models("byte_level_bpe")
-    with serve(model, tmp_path / "first.log", policy) as first:
+    with serve(model, tmp_path / "first.log", policy, OPTIONS) as first:
         wait(first)
         complete(first, max_tokens=24, temperature=1.0)
         assert value(first.metrics(), "streamguard_requests_total") == 1
         first.process.send_signal(signal.SIGKILL)
         first.process.wait()
-    with serve(model, tmp_path / "second.log", policy) as second:
+    with serve(model, tmp_path / "second.log", policy, OPTIONS) as second:
         metrics = wait(second).metrics()
         assert value(metrics, "streamguard_requests_total") == 0
         assert value(metrics, "streamguard_verdicts_total") == 0
@@ -223,7 +224,7 @@ def test_a_wrong_policy_file_refuses_to_start_and_names_the_rule(
 ) -> None:
     policy = tmp_path / "policy.yaml"
     policy.write_text("version: 1\nrules:\n  - {id: a, action: halt, literals: ['']}\n")
-    with serve(tiny_models("byte_level_bpe"), tmp_path / "log", policy) as server:
+    with serve(tiny_models("byte_level_bpe"), tmp_path / "log", policy, OPTIONS) as server:
         assert server.process.wait(120) != 0
     log = (tmp_path / "log").read_text()
     assert 'policy.yaml: rules[0] "a": pattern 0 is empty' in log.strip().splitlines()[-1]
