@@ -1,12 +1,14 @@
 """The same text, tokens and literals on every machine: made from word lists and a seed.
 
-The text is plain English prose from sentence patterns; its words are frequent, so literals share
-their first words with it all the time and rarely match. A list of n literals is the head of one long
-list, and some of the first ten literals are planted in the text: every size sees hits.
+The text is plain English prose from sentence patterns. The literals are what block lists hold: names,
+terms, and short phrases around them; a list of n literals is the head of one long list, and some of
+the first ten are planted in the text, so that every size sees hits. A second list, near misses, is
+hard on purpose: most of the text's words begin one of its literals.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -61,6 +63,9 @@ _RARE = (
     "perjury pipebomb piracy plutonium racketeering sarin skimming stiletto strychnine thallium "
     "toxin treason trespass uranium vandalism wiretap"
 ).split()
+_IMPERATIVES = (
+    "build buy make hide sell forge order plant send steal mix smuggle deploy inject launch obtain"
+).split()
 _SYLLABLES = (
     "al an ar bel bor cal cor dan del dor el en fal fen gar gol har hel in jor kal ker lan lor mar "
     "mel mor nar nel or pan per quor ral ren sal sel tan tor ul van vel wor yan zel zor"
@@ -93,25 +98,38 @@ def sentences(seed: int = SEED) -> Iterator[str]:
 
 
 @lru_cache(maxsize=8)
-def literals(num_literals: int) -> tuple[str, ...]:
-    """The first of one fixed list of distinct phrases (3 in 4) and invented names (1 in 4)."""
+def literals(num_literals: int, *, near_misses: bool = False) -> tuple[str, ...]:
+    """The first of one fixed list of distinct names, terms and phrases."""
     rng = random.Random(SEED + 1)
 
-    def draw() -> str:
+    def name() -> str:
+        stem = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 3, 3))))
+        return stem.capitalize() + rng.choice(("x", "zine", "tek", "dryl", "quat"))
+
+    def ordinary() -> str:
         kind = rng.randrange(8)
         rare = rng.choice(_RARE)
-        if kind < 2:
-            name = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 3, 3))))
-            return name.capitalize() + rng.choice(("x", "zine", "tek", "dryl", "quat"))
-        if kind < 4:
+        if kind < 3:
+            return name()
+        if kind == 3:
             return f"{rng.choice(_ADJECTIVES)} {rare}"
-        if kind < 6:
-            return f"{rng.choice(_NOUNS)} {rare}"
-        return f"{rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {rare}"
+        if kind == 4:
+            return f"{rare} {rng.choice(_NOUNS)}"
+        if kind == 5:
+            return f"{rng.choice(_IMPERATIVES)} {rng.choice(('a', 'some', 'the', 'your'))} {rare}"
+        if kind == 6:
+            return f"{rare} {rng.choice(_RARE)}"
+        return rare if rng.random() < 0.5 else f"{name()} {rare}"
+
+    def near_miss() -> str:
+        first = rng.choice(rng.choice((_ADJECTIVES, _NOUNS)))
+        if rng.random() < 0.3:
+            first = f"{rng.choice(_VERBS)} the {first}"
+        return f"{first} {rng.choice(_RARE)}"
 
     found: dict[str, None] = {}
     while len(found) < num_literals:
-        found.setdefault(draw())
+        found.setdefault(near_miss() if near_misses and len(found) >= 10 else ordinary())
     return tuple(found)
 
 
@@ -120,25 +138,35 @@ def rule_of(literal: int) -> int:
     return literal % RULES
 
 
-def policy(num_literals: int, action: str, *, name: str = "bench", case: bool = False) -> Policy:
-    """RULES rules that share the literals out among them."""
-    chosen = literals(num_literals)
-    return Policy.from_dict(
-        {
-            "version": 1,
-            "name": name,
-            "rules": [
-                {
-                    "id": f"rule-{rule}",
-                    "category": "custom",
-                    "literals": list(chosen[rule::RULES]),
-                    "normalize": ["case"] if case else [],
-                    "action": action,
-                }
-                for rule in range(RULES)
-            ],
-        }
-    )
+def policy_text(
+    num_literals: int, action: str, name: str, *, case: bool = False, near_misses: bool = False
+) -> str:
+    """A policy file: RULES rules share the literals out among them; clients may choose it by name."""
+    chosen = literals(num_literals, near_misses=near_misses)
+    content = {
+        "version": 1,
+        "name": name,
+        "client_selectable": True,
+        "rules": [
+            {
+                "id": f"rule-{rule}",
+                "category": "custom",
+                "literals": list(chosen[rule::RULES]),
+                "normalize": ["case"] if case else [],
+                "action": action,
+            }
+            for rule in range(RULES)
+        ],
+    }
+    return json.dumps(content)  # YAML is a superset of JSON
+
+
+def policy(
+    num_literals: int, action: str, *, case: bool = False, near_misses: bool = False
+) -> Policy:
+    """The same as an object, named bench."""
+    text = policy_text(num_literals, action, "bench", case=case, near_misses=near_misses)
+    return Policy.from_dict(json.loads(text))
 
 
 @dataclass(frozen=True)
@@ -169,9 +197,12 @@ class Workload:
         tokens = np.resize(self.tokens, need)
         return np.ascontiguousarray(tokens.reshape(batch, num_steps).T)
 
-    def guard(self, num_literals: int, action: str, *, case: bool = False) -> Guard:
+    def guard(
+        self, num_literals: int, action: str, *, case: bool = False, near_misses: bool = False
+    ) -> Guard:
         """The compiled policy over this vocabulary."""
-        return Guard(policy(num_literals, action, case=case), self.vocabulary)
+        chosen = policy(num_literals, action, case=case, near_misses=near_misses)
+        return Guard(chosen, self.vocabulary)
 
 
 @lru_cache(maxsize=1)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from streamguard_kernels.advance import LAST, UNSEEN, advance_kernel, peek_kernel
-from streamguard_kernels.lookahead import apply_ranges, mark_forbidden
 
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
+from streamguard_kernels.advance import LAST, UNSEEN, advance_kernel, pack_tables, peek_kernel
+from streamguard_kernels.lookahead import apply_ranges, mark_forbidden, pack_ranges
+from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _EVENTS = 4096
 _NO_EVENTS = np.zeros((0, 2), np.int64)
@@ -35,6 +36,8 @@ class Session:
         self.program = program
         self.num_slots = num_slots
         self._tables = program.tables
+        self._packed = pack_tables(program.tables)
+        self._packed_ranges: dict[int, NDArray[np.int64]] = {}
         self._state = np.zeros((num_slots, program.max_tracks), np.int64)
         self._pending = np.zeros(num_slots, np.int64)
         self._policy = np.full(num_slots, -1, np.int64)
@@ -44,6 +47,8 @@ class Session:
         self._special_ends = np.ones(num_slots, bool)  # no ordinary token ends the text
         self._events = np.zeros((_EVENTS, 2), np.int64)
         self._num_events = np.zeros(1, np.int64)
+        self._buffer = np.zeros(MAX_MAPPED_BYTES, np.uint8)
+        self._scratch = np.zeros(program.max_tracks, np.int64)
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
         # Per policy: rows may take `apply_ranges` when nothing but ordinary tokens can matter.
@@ -158,8 +163,9 @@ class Session:
         while True:
             self._num_events[0] = 0
             peek_kernel(
-                self._tables, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
+                self._packed, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
                 self._end_bits, self._state, self._pending, best, self._events, self._num_events,
+                self._buffer, self._scratch,
             )  # fmt: skip
             if not self._missed_events():
                 return best + 1
@@ -215,7 +221,7 @@ class Session:
             & (self._hidden[slot_ids] == 1)
         )
         apply_ranges(
-            self._tables, self.program.mask_ranges, row_ids[simple], slot_ids[simple],
+            self._packed, self._ranges(MASK), row_ids[simple], slot_ids[simple],
             self._policy, self._state, logits,
         )  # fmt: skip
         for row, slot, ends in zip(
@@ -229,25 +235,24 @@ class Session:
             logits[row, : len(forbidden)][forbidden != 0] = -np.inf
 
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
-        program = self.program
         p = int(self._policy[slot])
         if not (self._masks if group == MASK else self._stops)[p]:
             return
         ends = self._end_tokens[slot]
         ends = ends[ends >= 0]
         mark_forbidden(
-            self._tables,
-            program.mask_ranges if group == MASK else program.stop_ranges,
-            p,
-            self._state[slot],
-            self._pending[slot],
-            self._hidden[slot],
-            ends,
-            self._end_bits[slot],
-            int(last),
-            self._mask_rules if group == MASK else self._stop_rules,
-            forbidden,
-        )
+            self._packed, self._ranges(group), p, self._state[slot], self._pending[slot],
+            self._hidden[slot], ends, self._end_bits[slot], int(last),
+            self._mask_rules if group == MASK else self._stop_rules, self._buffer, self._scratch,
+            _NO_EVENTS, self._num_events, np.zeros_like(forbidden), forbidden,
+        )  # fmt: skip
+
+    def _ranges(self, group: int) -> NDArray[np.int64]:
+        if group not in self._packed_ranges:
+            program = self.program
+            ranges = program.mask_ranges if group == MASK else program.stop_ranges
+            self._packed_ranges[group] = pack_ranges(ranges)
+        return self._packed_ranges[group]
 
     def _missed_events(self) -> bool:
         """Whether there were more events than room; there is room for them then."""
@@ -262,9 +267,9 @@ class Session:
         best = np.empty(len(slots), np.int64)
         self._num_events[0] = 0
         advance_kernel(
-            self._tables, slots, tokens, _NEVER_LAST, self._policy, self._hidden,
+            self._packed, slots, tokens, _NEVER_LAST, self._policy, self._hidden,
             self._end_tokens, self._end_bits, self._state, self._pending, best, events,
-            self._num_events,
+            self._num_events, self._buffer, self._scratch,
         )  # fmt: skip
         return best
 

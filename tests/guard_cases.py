@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import codecs
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from streamguard_kernels.reference import find_matches
 
 from streamguard.compiler.mapping import Mapping, is_word_character
 from streamguard.compiler.program import Program, compile_program
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.policy import Policy, PolicySet, Rule
 from streamguard.session import Session
+from streamguard_kernels.reference import find_matches
 
 BLOCKING = ("mask", "halt", "redirect")
 #: Characters that fold to others, to several, to shorter ones, or join and part words.
@@ -25,7 +24,7 @@ PIECES = (
     *EVERY_BYTE,
     *(piece.encode() for piece in "bo mb om bomb Bomb omb bomber _bomb -bomb".split()),
     *(piece.encode() for piece in (" bomb", "bomb ", " bomb.", "b o", " ", "  ", "ss", "straße")),
-    *(piece.encode() for piece in ("ß", "İ", "\u212a", "ﬁ", "é", "e\u0301", "\u0301", "中文", "😀b")),
+    *(piece.encode() for piece in "ß İ \u212a ﬁ é e\u0301 \u0301 中文 😀b".split()),
     b"\xf0\x9f", b"\x98\x80", b"\x80bo", b"\xc3", b"\x9fbo", b"mb\xe4", b"b\xff", b"",
 )  # fmt: skip
 SPECIALS = (b"<s>", b"</s>", b"<bomb>", b"om", b" ")
@@ -47,9 +46,7 @@ def policy(*rules: dict[str, Any], name: str = "default") -> Policy:
     return Policy.from_dict({"version": 1, "name": name, "rules": numbered})
 
 
-def program(
-    policies: Policy | Iterable[Policy], vocabulary: Vocabulary | None = None
-) -> Program:
+def program(policies: Policy | Iterable[Policy], vocabulary: Vocabulary | None = None) -> Program:
     policies = [policies] if isinstance(policies, Policy) else policies
     return compile_program(PolicySet.from_policies(policies), vocabulary)
 
@@ -60,7 +57,9 @@ def vocabulary(tokens: Sequence[bytes], specials: Sequence[bytes] = SPECIALS) ->
     return Vocabulary((*tokens, *specials), flags, (len(tokens) + 1,) if len(specials) > 1 else ())
 
 
-def random_rules(rng: random.Random, literals: Sequence[str], num_rules: int) -> list[dict[str, Any]]:
+def random_rules(
+    rng: random.Random, literals: Sequence[str], num_rules: int
+) -> list[dict[str, Any]]:
     """Rules with every action and mapping over the given literals."""
     rules = []
     for _ in range(num_rules):
@@ -81,7 +80,9 @@ def random_text(rng: random.Random, alphabet: str, length: int) -> str:
     return "".join(rng.choices(alphabet, k=rng.randint(1, length)))
 
 
-def split_bytes(rng: random.Random, data: bytes, pieces: set[bytes], longest: int = 6) -> list[bytes]:
+def split_bytes(
+    rng: random.Random, data: bytes, pieces: set[bytes], longest: int = 6
+) -> list[bytes]:
     """Cut `data` at random; every part is a token of `pieces` (which holds every byte)."""
     parts = []
     while data:
@@ -95,7 +96,16 @@ def split_bytes(rng: random.Random, data: bytes, pieces: set[bytes], longest: in
 
 def decode(data: bytes, final: bool = False) -> str:
     """What a client has read of `data`: unfinished characters are not shown before the end."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(data, final)
+    if not final:
+        for size in (1, 2, 3):
+            try:
+                data[-size:].decode()
+            except UnicodeDecodeError as error:
+                # Not Python's incremental decoder: it waits for the third byte of a surrogate.
+                if error.start == 0 and error.reason == "unexpected end of data":
+                    data = data[:-size]
+                    break
+    return data.decode(errors="replace")
 
 
 def matches(

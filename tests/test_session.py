@@ -34,7 +34,8 @@ TOKENS = {piece: i for i, piece in enumerate(PIECES)}
 START, EOS, SHOWN_BOMB, SHOWN_OM, SHOWN_SPACE = range(len(PIECES), len(VOCABULARY))
 KELVIN = "\u212a"  # three bytes that fold to one
 LITERALS = (
-    "bomb", "omb", "b", "bob", "Bomb", "o b", "ss", "straße", "i\u0307", "k", "\u212a", "ﬁ", "e\u0301", "é",
+    "bomb", "omb", "b", "bob", "Bomb", "o b", "ss", "straße", "i\u0307", "k", "\u212a", "ﬁ",
+    "e\u0301", "é",
     "中文", "😀b", "-b", "b-", "- -", "_b", "\u0301", " ", "bo mb", "fi", "S", "ombomb", "1.0",
 )  # fmt: skip
 MIXED = [
@@ -283,8 +284,8 @@ def test_prompt_and_output_are_read_as_the_oracle_reads_them(seed: int) -> None:
 def test_long_prompt_gives_the_state_of_feeding_all_of_it(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(40):
-        rules = random_rules(rng, [*LITERALS, "中文" * 20, "😀" * 9, KELVIN * 20], rng.randint(1, 4))
-        one = session(*rules)
+        literals = [*LITERALS, "中文" * 20, "😀" * 9, KELVIN * 20]
+        one = session(*random_rules(rng, literals, rng.randint(1, 4)))
         prompt = [t for _ in range(12) for t in random_tokens(rng, 40)]
         prompt += spell(rng.choice(["中文", "😀", KELVIN, "bomb"]) * rng.randint(1, 25))
         if rng.random() < 0.5:

@@ -67,9 +67,7 @@ def test_token_bytes_follow_the_detokenizer_of_a_stream(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_are_flagged_and_have_their_text(
-    kind: str, tiny_models: TinyModels
-) -> None:
+def test_special_tokens_are_flagged_and_have_their_text(kind: str, tiny_models: TinyModels) -> None:
     tokenizer, vocab = load(tiny_models, kind)
     added = tokenizer._tokenizer.get_added_tokens_decoder()
     assert np.flatnonzero(vocab.special).tolist() == sorted(added)
@@ -113,7 +111,7 @@ def test_ids_of_the_model_that_end_a_text_take_precedence(tiny_models: TinyModel
 
 
 def test_a_folder_is_as_good_as_a_tokenizer(tiny_models: TinyModels) -> None:
-    tokenizer, vocab = load(tiny_models, "byte_fallback")
+    _, vocab = load(tiny_models, "byte_fallback")
     folder = tiny_models("byte_fallback")
     assert Vocabulary.from_tokenizer(folder).sha256 == vocab.sha256
     assert Vocabulary.from_tokenizer(str(folder)).sha256 == vocab.sha256
@@ -138,8 +136,9 @@ def test_added_tokens_read_as_their_decoder_shows_them() -> None:
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny_models: TinyModels) -> None:
-    tokenizer, vocab = load(tiny_models, "byte_level_bpe")
-    with pytest.raises(TokenizerError, match=r"ids up to 999, the model only 900 logits.*--tokenizer"):
+    tokenizer, _ = load(tiny_models, "byte_level_bpe")
+    message = r"token ids up to 999, the model only 900 logits.*--tokenizer"
+    with pytest.raises(TokenizerError, match=message):
         Vocabulary.from_tokenizer(tokenizer, vocab_size=900)
 
 
@@ -156,7 +155,8 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_a_decoder_that_token_bytes_cannot_follow_is_refused() -> None:
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "c": 3}))
     backend.decoder = decoders.WordPiece()
-    with pytest.raises(TokenizerError, match=r"token 1 decodes to ' a' after 'a'.*patterns could be missed"):
+    message = r"token 1 decodes to ' a' after 'a'.*patterns could be missed"
+    with pytest.raises(TokenizerError, match=message):
         Vocabulary.from_tokenizer(wrap(backend, unk_token="[UNK]"))
 
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from streamguard_kernels.packing import borrowing, pack, unpacker
 from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
-    MAX_MAPPED_BYTES,
     REPLACEMENT,
     map_character,
     utf8_step,
@@ -40,7 +39,7 @@ class Tables(NamedTuple):
     track_twin       uint8[num_tracks]          1 = same automaton as the track before it, but blind
                                                 to the prompt: reads the output as a text of its own
     policy_tracks    int64[num_policies + 1]
-    first_pattern    int32[num_states]          see `automaton.collect_outputs`; pattern ids are global
+    first_pattern    int32[num_states]          see `automaton.collect_outputs`; ids are global
     next_pattern     int32[num_patterns]
     suffix_link      int32[num_states]          local to the track
     best_rule        int32[num_states]
@@ -93,9 +92,19 @@ class Tables(NamedTuple):
     map_data: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+_TABLES = "u b2 l l l l l b l i i i i b i i i l2 b u b l b l l i2 i2 l b"
+#: Makes packed tables a `Tables` again, within a kernel.
+unpack_tables = unpacker(Tables, _TABLES)
+
+
+def pack_tables(tables):
+    """What the kernels take in place of a `Tables`, as long as that lives: int64[29, 3]."""
+    return pack(tables, _TABLES)
+
+
+@borrowing
 def _record(t, track, state, best, row, events, num_events):
-    """Fold the rules of an accept state into `best`; append (row, pattern) events while they fit."""
+    """Fold the rules of an accept state into `best`; append (row, rule) events while they fit."""
     index = (state - t.track_base[track]) // t.track_classes[track]
     first_state = t.track_states[track]
     rule = t.best_rule[first_state + index]
@@ -116,7 +125,7 @@ def _record(t, track, state, best, row, events, num_events):
     return best
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def _feed_mapped(t, track, state, data, begin, end, best, row, events, num_events):
     """Walk one track over data[begin:end]; return (state, best)."""
     for i in range(begin, end):
@@ -127,7 +136,7 @@ def _feed_mapped(t, track, state, data, begin, end, best, row, events, num_event
     return state, best
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def _feed_character(t, lo, hi, states, code_point, buffer, best, row, events, num_events):
     """Walk every mapped track of [lo, hi) over one character."""
     for track in range(lo, hi):
@@ -138,14 +147,14 @@ def _feed_character(t, lo, hi, states, code_point, buffer, best, row, events, nu
         n = map_character(
             code_point, t.mapping_wrap[mapping], t.page_of[form], t.entries,
             t.map_offsets, t.map_data, buffer,
-        )
+        )  # fmt: skip
         states[track - lo], best = _feed_mapped(
             t, track, states[track - lo], buffer, np.int64(0), n, best, row, events, num_events
         )
     return best
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def feed_token(t, lo, hi, states, pending, token, buffer, best, row, events, num_events):
     """Walk all tracks [lo, hi) of one slot over one visible token; return (pending, best).
 
@@ -186,7 +195,7 @@ def feed_token(t, lo, hi, states, pending, token, buffer, best, row, events, num
     return pending, best
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def feed_end(t, lo, hi, states, pending, buffer, best, row, events, num_events):
     """Tell all tracks that the text ends here: an unfinished character breaks, a word closes."""
     if pending != 0:
@@ -204,7 +213,7 @@ def feed_end(t, lo, hi, states, pending, buffer, best, row, events, num_events):
     return best
 
 
-@njit(cache=True, nogil=True, inline="always")
+@borrowing
 def _end_bits(token, slot, row, last, end_tokens, end_bits):
     ends = np.int64(0)
     for i in range(end_tokens.shape[1]):
@@ -218,17 +227,17 @@ def _end_bits(token, slot, row, last, end_tokens, end_bits):
     return ends
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def advance_kernel(
-    t, slots, tokens, last, policy, hidden, end_tokens, end_bits, state, pending, best, events,
-    num_events,
-):
-    """Walk each slot over its newest token and commit; several tokens of a slot may follow in order.
+    packed, slots, tokens, last, policy, hidden, end_tokens, end_bits, state, pending, best, events,
+    num_events, buffer, scratch,
+):  # fmt: skip
+    """Walk each slot over its newest token and commit; tokens of one slot may follow in order.
 
     One table read per byte: failure links are folded into `trans`, so the cost follows bytes fed,
     not the number of patterns.
 
-    slots, tokens  int64[num_rows].
+    packed   the `Tables`, packed. slots, tokens int64[num_rows].
     last     uint8[num_rows] or empty: 1 = the text ends after this token, whatever it is.
     policy   int64[num_slots], -1 = not guarded; hidden uint8[num_slots], 1 = special tokens unseen.
     end_tokens int64[num_slots, width], filled up with -1: tokens that end the slot's text;
@@ -237,10 +246,11 @@ def advance_kernel(
     best     int64[num_rows], out: most severe rule that completed, -1 = none.
     events   int64[capacity, 2], out: (row, rule) of every pattern that completed; num_events
              int64[1], in/out, counts also those beyond the capacity. Capacity 0 = not wanted.
+    buffer   uint8[MAX_MAPPED_BYTES], scratch int64[max_tracks]: work space.
 
     Unchecked: ids are in range; `Session` validates once per batch and raises ShapeError.
     """
-    buffer = np.empty(MAX_MAPPED_BYTES, np.uint8)
+    t = unpack_tables(packed)
     for row in range(slots.shape[0]):
         slot = slots[row]
         rule = np.int64(-1)
@@ -262,14 +272,13 @@ def advance_kernel(
         best[row] = rule
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def peek_kernel(
-    t, slots, tokens, last, policy, hidden, end_tokens, end_bits, state, pending, best, events,
-    num_events,
-):
-    """Say what `advance_kernel` would find, and commit nothing. Same arguments; state is read only."""
-    buffer = np.empty(MAX_MAPPED_BYTES, np.uint8)
-    scratch = np.empty(state.shape[1], np.int64)
+    packed, slots, tokens, last, policy, hidden, end_tokens, end_bits, state, pending, best, events,
+    num_events, buffer, scratch,
+):  # fmt: skip
+    """Say what `advance_kernel` would find; commit nothing. Same arguments; state is read only."""
+    t = unpack_tables(packed)
     for row in range(slots.shape[0]):
         slot = slots[row]
         rule = np.int64(-1)

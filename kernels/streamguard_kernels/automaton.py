@@ -95,7 +95,7 @@ def collect_outputs(num_states, end_state, pattern_rule, rule_rank, rule_group, 
     end_state, pattern_rule  int32[num_patterns]. rule_rank int32[num_rules]: lower = more severe.
     rule_group  uint8[num_rules]: one bit per group of rules.
     Returns
-      first_pattern int32[num_states]    head of the list of patterns that end in the state itself, -1
+      first_pattern int32[num_states]    head of the list of patterns that end in the state, -1
       next_pattern  int32[num_patterns]  the rest of that list
       suffix_link   int32[num_states]    nearest state on the failure path with a list, 0 = none
       best_rule     int32[num_states]    most severe rule over list and suffix links, -1 = none

@@ -2,9 +2,9 @@
 
 In the order of their mapped bytes the tokens that begin with a given string are one range. A token
 completes a match from state s in one of two ways: it contains a whole pattern (a static list, the
-same for every state), or it begins with the rest v of a pattern u·v whose first part u the text ends
-with. All such u lie on the failure path of s, so each state keeps only the ranges of its *own* u and
-a link to the next state on the path that has any: about 10 bytes a state, and exact.
+same for every state), or it begins with the rest v of a pattern u·v whose first part u ends the
+text. All such u lie on the failure path of s, so each state keeps only the ranges of its *own* u
+and a link to the next state on the path that has any: about 10 bytes a state, and exact.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from streamguard_kernels.advance import (
     UNSEEN,
     feed_end,
     feed_token,
+    unpack_tables,
 )
-from streamguard_kernels.utf8 import MAX_MAPPED_BYTES, REPLACEMENT, map_character
+from streamguard_kernels.packing import borrowing, pack, unpacker
+from streamguard_kernels.utf8 import REPLACEMENT, map_character
 
 _WALK = 4
 
@@ -33,7 +35,7 @@ class Ranges(NamedTuple):
     own_offsets     int64[num_states + num_tracks]  per automaton num_states + 1 entries
     own_base        int64[num_tracks]               the track's first entry in `own_offsets`
     own             int32[num_ranges, 2]            (first, last + 1) into the track's token order
-    link            int32[num_states]               next state on the failure path with ranges, 0 none
+    link            int32[num_states]               next on the failure path with ranges, 0 none
     state_base      int64[num_tracks]               the track's first entry in `link`
     order           int32[num_mappings, num_tokens] tokens by mapped bytes; -1 after order_length
     order_length    int64[num_mappings]
@@ -41,7 +43,7 @@ class Ranges(NamedTuple):
     whole           int32[num_whole]                tokens that contain a whole pattern of the track
     continuation    int32[num_continuation]         tokens that begin inside a character
     continues       uint8[num_tokens]               the same as flags
-    visible         int32[num_special]              special tokens; not in `order`, walked one by one
+    visible         int32[num_special]              special tokens: not in `order` but walked
     group           int64[1]                        the group's bit
     """
 
@@ -60,7 +62,17 @@ class Ranges(NamedTuple):
     group: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+_RANGES = "l l i2 i l i2 l l2 i i b i l"
+#: Makes packed ranges a `Ranges` again, within a kernel.
+unpack_ranges = unpacker(Ranges, _RANGES)
+
+
+def pack_ranges(ranges):
+    """What the kernels take in place of a `Ranges`, as long as that lives: int64[13, 3]."""
+    return pack(ranges, _RANGES)
+
+
+@borrowing
 def _compare(data, begin, end, other, first, last):
     """-1, 0, 1: data[begin:end] before, a prefix-or-equal match of, or after other[first:last].
 
@@ -128,7 +140,7 @@ def token_order(offsets, data, skip):
 def build_own_ranges(
     pattern_data, pattern_offsets, wanted, trans, base, num_classes, num_states, class_of,
     failure, order, offsets, data,
-):
+):  # fmt: skip
     """Ranges of every state's own pattern rests.
 
     pattern_data, pattern_offsets  the track's mapped patterns; wanted uint8[num_patterns] picks the
@@ -155,9 +167,7 @@ def build_own_ranges(
             while low < high:
                 middle = (low + high) // 2
                 token = order[middle]
-                if _compare(
-                    pattern_data, i + 1, end, data, offsets[token], offsets[token + 1]
-                ) > 0:
+                if _compare(pattern_data, i + 1, end, data, offsets[token], offsets[token + 1]) > 0:
                     low = middle + 1
                 else:
                     high = middle
@@ -166,9 +176,10 @@ def build_own_ranges(
             while low < high:
                 middle = (low + high) // 2
                 token = order[middle]
-                if _compare(
-                    pattern_data, i + 1, end, data, offsets[token], offsets[token + 1]
-                ) >= 0:
+                if (
+                    _compare(pattern_data, i + 1, end, data, offsets[token], offsets[token + 1])
+                    >= 0
+                ):
                     low = middle + 1
                 else:
                     high = middle
@@ -226,30 +237,31 @@ def tokens_with_whole_patterns(
     return out[:n].copy()
 
 
-@njit(cache=True, nogil=True)
-def walk_completes(t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, none):
+@borrowing
+def walk_completes(
+    t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, no_events, counter
+):
     """Slow and sure: walk `token` from `states` and look at the most severe rule that completes.
 
-    ends = UNSEEN | LAST bits. scratch int64[hi - lo]; none (int64[0, 2], int64[1]): no events.
+    ends = UNSEEN | LAST bits. scratch int64[hi - lo]. no_events int64[0, 2], counter int64[1].
     """
     for i in range(hi - lo):
         scratch[i] = states[i]
     best = np.int64(-1)
     if (ends & UNSEEN) == 0:
         pending, best = feed_token(
-            t, lo, hi, scratch, pending, token, buffer, best, np.int64(0), none[0], none[1]
+            t, lo, hi, scratch, pending, token, buffer, best, np.int64(0), no_events, counter
         )
     if ends & LAST:
-        best = feed_end(
-            t, lo, hi, scratch, pending, buffer, best, np.int64(0), none[0], none[1]
-        )
+        best = feed_end(t, lo, hi, scratch, pending, buffer, best, np.int64(0), no_events, counter)
     return best >= 0 and rule_in_group[best] != 0
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def mark_forbidden(
-    t, r, p, states, pending, hidden, end_tokens, end_bits, last, rule_in_group, forbidden
-):
+    packed, packed_ranges, p, states, pending, hidden, end_tokens, end_bits, last, rule_in_group,
+    buffer, scratch, no_events, counter, walks, forbidden,
+):  # fmt: skip
     """Set forbidden[token] = 1 for each token that would complete a match of the group.
 
     A token that completes a more severe group's match too may be left out: whoever cares marks that
@@ -259,13 +271,15 @@ def mark_forbidden(
     end_tokens  int64[num_ends]: tokens that end the text; end_bits: what they do, as `ends`.
     last        1 = whatever token comes next is the last of the text: each one is walked.
     rule_in_group uint8[num_rules]. forbidden uint8[num_tokens], in/out.
+    buffer, scratch, no_events, counter  see `advance_kernel`; walks uint8[num_tokens]: zeros.
     """
+    t, r = unpack_tables(packed), unpack_ranges(packed_ranges)
     lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
-    buffer = np.empty(MAX_MAPPED_BYTES, np.uint8)
     num_tokens = t.token_special.shape[0]
     # Tokens that no range speaks for are walked: _WALK and what they do to the text.
-    walks = np.full(num_tokens, _WALK | LAST, np.uint8) if last else np.zeros(num_tokens, np.uint8)
-    if not last:
+    if last:
+        walks[:] = _WALK | LAST
+    else:
         for track in range(lo, hi):
             mapping = t.track_mapping[track]
             state = states[track - lo]
@@ -285,8 +299,9 @@ def mark_forbidden(
                             completed = True
                 if completed:
                     for token in range(num_tokens):
-                        if t.raw_offsets[token + 1] > t.raw_offsets[token] and not (
-                            t.token_special[token]
+                        if (
+                            t.raw_offsets[token + 1] > t.raw_offsets[token]
+                            and not (t.token_special[token])
                         ):
                             forbidden[token] = 1
             base = r.state_base[track]
@@ -307,25 +322,24 @@ def mark_forbidden(
                 walks[r.visible[k]] = _WALK
     for k in range(end_tokens.shape[0]):
         walks[end_tokens[k]] = _WALK | end_bits
-    scratch = np.empty(hi - lo, np.int64)
-    none = (np.empty((0, 2), np.int64), np.zeros(1, np.int64))
     for token in range(num_tokens):
         if walks[token]:
             unseen = UNSEEN if hidden and t.token_special[token] else 0
             forbidden[token] = walk_completes(
                 t, lo, hi, states, pending, token, walks[token] | unseen, rule_in_group, scratch,
-                buffer, none,
+                buffer, no_events, counter,
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
-def apply_ranges(t, r, rows, slots, policy, state, logits):
+@borrowing
+def apply_ranges(packed, packed_ranges, rows, slots, policy, state, logits):
     """Write -inf to the masked tokens of each row; the common case of `mark_forbidden`.
 
     rows, slots  int64[num_rows]; logits float32[num_logits_rows, >= num_tokens], in/out.
     The caller guarantees for every slot: pending is 0 or all tracks are raw, special tokens are
     hidden, no token ends a text in a way that matters, and nothing more severe shares the state.
     """
+    t, r = unpack_tables(packed), unpack_ranges(packed_ranges)
     for k in range(rows.shape[0]):
         slot = slots[k]
         p = policy[slot]

@@ -2,7 +2,7 @@
 
 `pending` is a character that is not finished yet: count of its bytes in bits 24..31, the bytes
 themselves in bits 0..23 (first byte lowest); 0 = none. Broken sequences read as U+FFFD, the way
-every decoder with errors="replace" shows them to a client (maximal subparts: Unicode 16, 3.9, D93b).
+every decoder with errors="replace" shows them (maximal subparts: Unicode 16, 3.9, D93b).
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from streamguard_kernels.packing import borrowing
+
 REPLACEMENT = 0xFFFD
 #: Bytes that never occur in UTF-8, used as marks in the mapped stream of `boundary: word` tracks.
 AFTER_NONWORD = 0xFE
 BEFORE_NONWORD = 0xFF
-#: Most bytes that one character maps to: 3 characters of a full case folding (4 bytes each) + 2 marks.
+#: Most bytes that one character maps to: 3 of a full case folding (4 bytes each) and 2 marks fit.
 MAX_MAPPED_BYTES = 32
 
 
-@njit(cache=True, nogil=True, inline="always")
+@borrowing
 def utf8_step(pending, byte):
     """Feed one byte; return (pending, broken, code_point).
 
@@ -58,9 +60,9 @@ def utf8_step(pending, byte):
     return 0, broken, REPLACEMENT
 
 
-@njit(cache=True, nogil=True)
+@borrowing
 def map_character(code_point, wrap, page_of, entries, map_offsets, map_data, out):
-    """Write the mapped bytes of one character to `out` (uint8[MAX_MAPPED_BYTES]); return their count.
+    """Write the mapped bytes of one character to `out`, uint8[MAX_MAPPED_BYTES]; return the count.
 
     page_of      int32[0x1100]: code_point >> 8 -> page of `entries`.
     entries      int32[num_pages, 256]: bit 0 = not a word character; the rest = index into

@@ -130,8 +130,8 @@ def _load(path: str | Path) -> Any:
         reason = str(error).strip().splitlines()
         raise TokenizerError(
             f"{path}: no tokenizer can be loaded from here "
-            f"({reason[0] if reason else type(error).__name__}). Give a folder with tokenizer.json, "
-            f"as save_pretrained writes it, or a model name that is in the local cache."
+            f"({reason[0] if reason else type(error).__name__}). Give a folder with "
+            f"tokenizer.json, as save_pretrained writes it, or a model name that is in the local cache."
         ) from None
 
 
@@ -174,7 +174,7 @@ def _check(
         got = backend.decode([anchor, token_id], skip_special_tokens=False)
         if got != before + expected and "\ufffd" not in got:
             raise TokenizerError(
-                f"{name}: token {token_id} decodes to {got[len(before):]!r} after {before!r}, but "
+                f"{name}: token {token_id} decodes to {got[len(before) :]!r} after {before!r}, but "
                 f"its bytes read {expected!r}; token bytes do not follow this tokenizer's decoder, "
                 f"so patterns could be missed. Byte-level BPE, SentencePiece BPE and Unigram "
                 f"vocabularies are supported."
@@ -184,7 +184,7 @@ def _check(
 def _spare_ids(
     tokenizer: Any, vocabulary: Vocabulary, known: int, added: dict[int, Any]
 ) -> tuple[int, ...]:
-    """Ids for verdicts: vocabulary padding, reserved and idle special tokens, then unk, pad, bos."""
+    """Ids for verdicts: vocabulary padding, reserved and idle specials, then unk, pad, bos."""
     eos = set(vocabulary.eos_token_ids) | {tokenizer.eos_token_id}
     template = tokenizer.chat_template or ""
     if not isinstance(template, str):
@@ -193,9 +193,7 @@ def _spare_ids(
     specials = {i: token.content for i, token in added.items() if token.special and i not in taken}
     spare = list(range(known, len(vocabulary)))
     spare += [i for i, text in specials.items() if _RESERVED.search(text)]
-    spare += [
-        i for i, text in specials.items() if not _USED.search(text) and text not in template
-    ]
+    spare += [i for i, text in specials.items() if not _USED.search(text) and text not in template]
     for name in ("unk_token_id", "pad_token_id", "bos_token_id"):
         token_id = getattr(tokenizer, name, None)
         if token_id in specials and specials[token_id] not in template:

@@ -66,9 +66,11 @@ def _strip(response: _Response, state: Any, output: Any) -> None:
             output.new_token_ids = [tokens[i] for i in shown]
             if output.new_logprobs is not None:
                 output.new_logprobs = _pick(output.new_logprobs, shown)
-    if response.context.codes.kept_beside and reader.rule is None:
-        reader.rule = beside.read(response.request_id)
-        if reader.rule is not None and output.finish_reason is not None and tokens:
+    codes = response.context.codes
+    if codes.kept_beside:
+        if reader.rule is None:
+            reader.rule = beside.read(response.request_id)
+        if reader.rule is not None and tokens and tokens[-1] == codes.eos_id:
             output.new_token_ids = tokens[:-1]  # the EOS that stands for the verdict
             if output.new_logprobs is not None:
                 output.new_logprobs = _pick(output.new_logprobs, list(range(len(tokens) - 1)))

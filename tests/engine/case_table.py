@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engines import Found, Reply, Request, completed_at, generate, spanning_pattern, tokenizer
+from engines import MRV2, Found, Reply, Request, completed_at, generate, spanning_pattern, tokenizer
 from vllm import LLM
 from vllm.sampling_params import StructuredOutputsParams
 
 ACTIONS = ("mask", "halt", "redirect")
 MESSAGE = "no way"
 PROMPTS = ("Hello", "The cat", "One two three", "dog", "A", "red blue", "x y z", "Guard")
-NUM_TOKENS = 16
+#: Under the interpreter a guarded token takes a tenth of a second.
+NUM_TOKENS = 11 if MRV2 else 16
 REASONING = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
 GRAMMAR = {"backend": "xgrammar", "disable_any_whitespace": True}
 SCHEMA = {
@@ -80,6 +81,14 @@ class Plan:
         """The greedy reference that most cases build on."""
         return self.references["greedy"]
 
+    @staticmethod
+    def params(reference: Reference, action: str) -> dict[str, Any]:
+        """The reference's parameters; under the interpreter masked texts end soon."""
+        n_or_grammar = {"n", "structured_outputs"} & set(reference.request.params)
+        if MRV2 and action == "mask" and not n_or_grammar:
+            return {**reference.request.params, "max_tokens": reference.found.index + 2}
+        return dict(reference.request.params)
+
     @property
     def message(self) -> list[int]:
         """Token ids of the redirect message."""
@@ -104,7 +113,7 @@ def plan(model: Path, plain: LLM) -> Plan:
     wanted = {
         (name, i): Request(
             f"{prompt} <think>" if name == "thinking" else prompt,
-            _sampling(model, name, prompt, by_prompt),
+            _sampling(model, name, prompt, by_prompt, 10 * i),
         )
         for name in SAMPLING
         for i, prompt in enumerate(PROMPTS[2:6])
@@ -123,7 +132,9 @@ def plan(model: Path, plain: LLM) -> Plan:
         if name == "grammar":
             index = completed_at(model, tokens, "secretk")
             found = None if index is None else Found("secretk", index)
-        if found is not None and name not in references and found.index < NUM_TOKENS - 6:
+        if found is None or (found.index >= NUM_TOKENS - 4 and name != "grammar"):
+            continue
+        if name not in references or found.index < references[name].found.index:
             references[name] = Reference(request, replies, found)
     missing = {*SAMPLING, "grammar"} - set(references)
     assert not missing, f"the model wrote no pattern for {missing}; choose other prompts"
@@ -134,7 +145,7 @@ def plan(model: Path, plain: LLM) -> Plan:
         for action in ACTIONS:
             made.policies[f"{name}-{action}"] = [rule(action, reference.found.literal)]
             made.requests[f"{name}-{action}"] = Request(
-                reference.request.prompt, reference.request.params, f"{name}-{action}"
+                reference.request.prompt, made.params(reference, action), f"{name}-{action}"
             )
     _derived(made)
     _fixed(made)
@@ -145,10 +156,14 @@ def plan(model: Path, plain: LLM) -> Plan:
     return made
 
 
-def _sampling(model: Path, name: str, prompt: str, by_prompt: dict[str, Reply]) -> dict[str, Any]:
+def _sampling(
+    model: Path, name: str, prompt: str, by_prompt: dict[str, Reply], shift: int
+) -> dict[str, Any]:
     """The parameters of a way to sample, with token ids filled in."""
     params = {"max_tokens": NUM_TOKENS, **SAMPLING[name]}
     vocabulary = tokenizer(model).get_vocab()
+    if "seed" in params:
+        params["seed"] += shift  # equal seeds give similar texts in MRV2, whatever the prompt
     if "logit_bias" in params:
         params["logit_bias"] = {vocabulary["bo"]: 5.0, vocabulary["mb"]: 5.0}
     if "allowed_token_ids" in params:
@@ -170,7 +185,7 @@ def _derived(plan: Plan) -> None:
     hostile = {str(i): -100.0 for i in plan.reserved}
     variants: dict[str, dict[str, Any]] = {
         "ignore-eos": {"ignore_eos": True},
-        "min-tokens": {"min_tokens": NUM_TOKENS},
+        "min-tokens": {"min_tokens": k + 2},
         "bias-against-reserved": {"logit_bias": {int(i): b for i, b in hostile.items()}},
         "allowed-without-reserved": {"allowed_token_ids": _allowed(plan)},
         "reserved-as-bad-word": {"bad_words": ["<|reserved_special_token_0|>"]},
@@ -189,7 +204,7 @@ def _derived(plan: Plan) -> None:
     for name, params in variants.items():
         for action in ACTIONS:
             plan.requests[f"{name}-{action}"] = Request(
-                base.request.prompt, {**base.request.params, **params}, f"greedy-{action}"
+                base.request.prompt, {**plan.params(base, action), **params}, f"greedy-{action}"
             )
     prompt = tokenizer(plan.model).encode(base.request.prompt)
     for action in ACTIONS:
@@ -202,7 +217,7 @@ def _derived(plan: Plan) -> None:
             rule(action, base.found.literal, name="one-of-many"),
         ]
         plan.requests[f"many-{action}"] = Request(
-            base.request.prompt, base.request.params, f"many-{action}"
+            base.request.prompt, plan.params(base, action), f"many-{action}"
         )
     plan.requests["many-cut-halt"] = Request(
         base.request.prompt, {"max_tokens": k + 1}, "many-halt"

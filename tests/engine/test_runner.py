@@ -55,7 +55,7 @@ def test_this_run_uses_the_runner_that_it_claims_to_use(guarded: LLM) -> None:
         "vllm.v1.worker.cpu.model_runner" if MRV2 else "vllm.v1.worker.cpu_model_runner"
     )
     sampler = type(worker(guarded).model_runner.sampler).__module__
-    assert sampler == f"streamguard.vllm_plugin.{'runner_v2' if MRV2 else 'runner_v1'}"
+    assert sampler.startswith(f"streamguard.vllm_plugin.runner_{'v2' if MRV2 else 'v1'}")
     assert worker(guarded).streamguard_attestation == "in place"
 
 
@@ -349,6 +349,6 @@ def test_verdict_counters_equal_the_verdicts_seen(plan: Plan, outcome: Outcome) 
 def test_case_table_is_not_vacuous(plan: Plan) -> None:
     for name, reference in plan.references.items():
         assert isinstance(reference.found, Found), name
-        assert 0 < reference.found.index < NUM_TOKENS - 5 or name == "grammar"
+        assert 0 < reference.found.index < NUM_TOKENS - 4 or name == "grammar"
         before = reference.tokens[: reference.found.index]
         assert completed_at(plan.model, before, reference.found.literal) is None

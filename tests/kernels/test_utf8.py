@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+from streamguard.compiler.mapping import Mapping, character_tables, is_word_character
 from streamguard_kernels.utf8 import (
     AFTER_NONWORD,
     BEFORE_NONWORD,
@@ -19,8 +21,6 @@ from streamguard_kernels.utf8 import (
     map_tokens,
     utf8_step,
 )
-
-from streamguard.compiler.mapping import Mapping, character_tables, is_word_character
 
 # Bytes at the edges of what the second byte of a character may be.
 EDGES = bytes.fromhex("00 7f 80 8f 90 9f a0 bf c0 c1 c2 df e0 e1 ec ed ee ef f0 f1 f3 f4 f5 fe ff")
