@@ -161,7 +161,8 @@ def prepare(num_literals: int, batch: int, form: str) -> Case:
     free = guard.session(batch)
     rows = list(stream)
     contestants = {
-        KERNEL: Contestant(lambda k: kernel(*calls[k])),
+        # The arguments hold addresses only: `inner` has to live as long as they do.
+        KERNEL: Contestant(lambda k, keep=inner: kernel(*calls[k])),
         SESSION: Contestant(lambda k: session.advance(slots, rows[k])),
         ENGINE: Contestant(lambda k: rows_guard.commit(slot_list, token_lists[k])),
         NO_RULES: Contestant(lambda k: free.advance(slots, rows[k])),

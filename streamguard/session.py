@@ -16,7 +16,7 @@ from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
 from streamguard_kernels.advance import LAST, UNSEEN, advance_kernel, pack_tables, peek_kernel
 from streamguard_kernels.lookahead import apply_ranges, mark_forbidden, pack_ranges
-from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
+from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
 
 _EVENTS = 4096
 _NO_EVENTS = np.zeros((0, 2), np.int64)
@@ -117,8 +117,12 @@ class Session:
             self._end_tokens[slot] = -1  # what ends the text does not end its prompt
             self._walk(np.full(len(tail), slot), tail, _NO_EVENTS)
             self._end_tokens[slot, : len(end_tokens)] = end_tokens
-            twins = t.track_twin[lo:hi].astype(bool)
-            self._state[slot, : hi - lo][twins] = t.track_start[lo:hi][twins]
+            own = t.track_twin[lo:hi].astype(bool)
+            # A word that the prompt itself holds whole lacks only the boundary that any text after it
+            # would give: such a track forgets the prompt, or no text could follow.
+            states = self._state[slot, : hi - lo]
+            own |= (t.trans[states + t.class_of[lo:hi, BEFORE_NONWORD]] >> 31).astype(bool)
+            states[own] = t.track_start[lo:hi][own]
         self._num_events[0] = 0  # what the prompt holds is no event
 
     def snapshot(self, slot: int) -> tuple[NDArray[np.int64], int]:
@@ -159,16 +163,25 @@ class Session:
         ends = _NEVER_LAST if last is None else np.ascontiguousarray(last, np.uint8)
         if len(ends) not in (0, len(rows)):
             raise ShapeError(f"last has {len(ends)} entries for {len(rows)} rows; give one a row.")
-        best = np.empty(len(rows), np.int64)
-        while True:
-            self._num_events[0] = 0
-            peek_kernel(
-                self._packed, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
-                self._end_bits, self._state, self._pending, best, self._events, self._num_events,
-                self._buffer, self._scratch,
-            )  # fmt: skip
-            if not self._missed_events():
-                return best + 1
+        return self._peek(rows, tokens, ends)
+
+    def is_unfinished(self, slot: int) -> bool:
+        """Whether the slot's text ends inside a character."""
+        return bool(self._pending[slot])
+
+    def would_close(self, slots: ArrayLike) -> NDArray[np.bool_]:
+        """Whether the text of each slot, if it ended here, would show a match.
+
+        Of mask, halt and redirect rules only; bool[num_rows]. Such a match lacks nothing but the
+        boundary behind it: what was written last must not be shown before more is known.
+        """
+        rows = np.ascontiguousarray(slots, np.int64)
+        self._check_slots(rows)
+        self._peek(rows, np.full(len(rows), -1, np.int64), np.ones(len(rows), np.uint8))
+        closes = np.zeros(len(rows), bool)
+        for row, rule in self.events():
+            closes[row] |= bool(self._mask_rules[rule] or self._stop_rules[rule])
+        return closes
 
     def events(self) -> list[tuple[int, int]]:
         """(row, rule index) of every rule that completed in the last `advance` or `peek`."""
@@ -260,6 +273,20 @@ class Session:
             return False
         self._events = np.zeros((2 * int(self._num_events[0]), 2), np.int64)
         return True
+
+    def _peek(
+        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], ends: NDArray[np.uint8]
+    ) -> NDArray[np.int64]:
+        best = np.empty(len(rows), np.int64)
+        while True:
+            self._num_events[0] = 0
+            peek_kernel(
+                self._packed, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
+                self._end_bits, self._state, self._pending, best, self._events, self._num_events,
+                self._buffer, self._scratch,
+            )  # fmt: skip
+            if not self._missed_events():
+                return best + 1
 
     def _walk(
         self, slots: NDArray[np.int64], tokens: NDArray[np.int64], events: NDArray[np.int64]

@@ -22,13 +22,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from guard_cases import BLOCKING, matches, policy, program, random_rules
+from guard_cases import BLOCKING, matches, policy, random_rules
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
-from streamguard.compiler.program import Program
+from streamguard.compiler.program import Program, compile_program
 from streamguard.compiler.vocabulary import Vocabulary
+from streamguard.holdback import HeldText, WordHold
+from streamguard.policy import PolicySet
 from streamguard.session import Session
 
 logging.getLogger("vllm.v1.engine.detokenizer").setLevel(logging.ERROR)  # a warning a restart
@@ -57,7 +59,7 @@ class Counts:
     full: int = 0  # by max_tokens
     odd_bytes: int = 0  # texts with broken UTF-8
     resets: int = 0  # texts in which vLLM's detokenizer had to start over
-    cut_words: int = 0  # texts cut short that end in a word which that alone would close
+    withheld: int = 0  # texts that ended with a word withheld
     beside_broken: int = 0  # words that a broken run of byte tokens parts from their neighbours
     violations: list[str] = field(default_factory=list)
 
@@ -102,6 +104,7 @@ class Text:
     wish: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     outcome: str = ""
+    held: HeldText | None = None
 
 
 class Model:
@@ -195,20 +198,21 @@ class Model:
                 logits[row, text.wish.pop()] += 20
         return logits
 
-    def read(self, text: Text, counts: Counts) -> tuple[str, str, bool]:
-        """What the client had written, what it reads, and whether that is cut short."""
+    def read(self, text: Text, counts: Counts) -> tuple[str, str]:
+        """What the client had written, and what it reads."""
         client = Client(self.tokenizer, text.prompt, text.params)
         unseen = text.outcome == "ended" and not text.show_end
         shown = text.tokens[: len(text.tokens) - unseen]
+        if text.held is not None:  # what the frontend withheld to the end is never shown
+            num_held = text.held.feed(shown)
+            counts.withheld += num_held > 0
+            shown = shown[: len(shown) - num_held]
         for token in shown:
             client.update([token], False)
         counts.resets += client.num_resets > 0
-        skip = text.params.skip_special_tokens
         decode = self.tokenizer._tokenizer.decode
-        # A stream holds back what looks unfinished, whole tokens of it, and drops it at the end.
-        is_held = decode(shown, skip_special_tokens=skip).endswith("\ufffd")
-        is_cut = is_held or text.outcome == "halted"
-        return decode(text.prompt, skip_special_tokens=skip), client.output_text, is_cut
+        prompt = decode(text.prompt, skip_special_tokens=text.params.skip_special_tokens)
+        return prompt, client.output_text
 
 
 def _is_whole(piece: bytes) -> bool:
@@ -223,7 +227,9 @@ def run_policy(model: Model, counts: Counts, *, guarded: bool = True) -> None:
     """Sample a batch of texts under one random policy to their ends, then look at each."""
     literals = model.literals()
     rules = random_rules(model.rng, literals, model.rng.randint(1, 5))
-    compiled = program(policy(*rules), model.vocabulary)
+    policies = PolicySet.from_policies([policy(*rules)])
+    compiled = compile_program(policies, model.vocabulary)
+    hold = WordHold(policies, compiled.table)
     used = [text for r in rules for text in r["literals"]]
     counts.policies += 1
     counts.patterns += len(used)
@@ -234,6 +240,11 @@ def run_policy(model: Model, counts: Counts, *, guarded: bool = True) -> None:
             slot, text.prompt, hide_special_tokens=text.params.skip_special_tokens,
             end_token_ids=text.ends, show_end_token=text.show_end,
         )  # fmt: skip
+        if hold.policies:
+            text.held = hold.begin(
+                "default", text.prompt, hide_special_tokens=text.params.skip_special_tokens,
+                end_token_ids=text.ends, show_end_token=text.show_end,
+            )  # fmt: skip
     while slots := [slot for slot, text in enumerate(texts) if not text.outcome]:
         logits = model.logits([texts[slot] for slot in slots], used)
         step(model, session, texts, slots, logits, counts, guarded)
@@ -296,17 +307,15 @@ def blocks(session: Session, slots: list[int], tokens: np.ndarray, last: list[bo
 
 def look(model: Model, compiled: Program, text: Text, counts: Counts) -> None:
     """The oracle: search what the client reads, alone and together with what it had written."""
-    prompt, read, is_cut = model.read(text, counts)
+    prompt, read = model.read(text, counts)
     counts.characters += len(read)
     counts.odd_bytes += "\ufffd" in read
-    # A word that only the cut closes was not one when the model wrote it: counted, no violation.
-    ended = not is_cut
     for index, one in enumerate(compiled.rules):
         if one.rule.action not in BLOCKING:
             continue
-        found = [(read, m) for m in matches(read, one.rule, index, ended=ended)]
+        found = [(read, m) for m in matches(read, one.rule, index)]
         whole = prompt + read
-        joined = matches(whole, one.rule, index, ended=ended) if prompt else []
+        joined = matches(whole, one.rule, index) if prompt else []
         found += [(whole, m) for m in joined if m[2] < len(prompt) < m[0]]
         if model.has_byte_tokens and one.rule.boundary == "word":
             kept = [(where, m) for where, m in found if not _is_beside_broken(where, m)]
@@ -317,8 +326,6 @@ def look(model: Model, compiled: Program, text: Text, counts: Counts) -> None:
                 f"{one.rule} in {read!r} after {prompt!r}: {[m for _, m in found]}; {text}; "
                 f"{[model.vocabulary.token_bytes[t] for t in text.tokens]}"
             )
-        elif not ended and matches(read, one.rule, index):
-            counts.cut_words += 1
 
 
 def _is_beside_broken(text: str, match: tuple[int, int, int]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -68,8 +69,10 @@ def servers(
     (policies / "default.yaml").write_text(
         yaml.safe_dump({"version": 1, "name": "default", "rules": [quiet]})
     )
-    literals = {"first": text[0]}
-    for name, rule in {**_POLICIES, "first": {"action": "halt"}}.items():
+    word = max(re.findall(r"(?<= )[a-z]+(?= )", text), key=len)
+    literals = {"first": text[0], "word": word}
+    special = {"first": {"action": "halt"}, "word": {"action": "halt", "boundary": "word"}}
+    for name, rule in {**_POLICIES, **special}.items():
         content = {
             "version": 1,
             "name": name,
@@ -125,6 +128,23 @@ def test_a_verdict_at_the_first_token_still_reaches_a_streaming_client(
     server, _ = servers
     events = stream(server, "completions", prompt=PROMPT, **under("first"))
     assert [(event["text"], event["finish_reason"]) for event in events] == [("", "content_filter")]
+
+
+def test_a_word_that_is_halted_behind_its_last_letter_was_never_shown(
+    servers: tuple[Server, str],
+) -> None:
+    server, text = servers
+    word = max(re.findall(r"(?<= )[a-z]+(?= )", text), key=len)
+    body = {**under("word"), "logprobs": 2}
+    choice = complete(server, **body).json()["choices"][0]
+    assert choice["stop_reason"] == "streamguard:rule-word"
+    assert choice["text"] == text[: len(choice["text"])]
+    assert word not in choice["text"]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    events = stream(server, "completions", prompt=PROMPT, **body)
+    assert "".join(event["text"] for event in events) == choice["text"]
+    tokens = [token for event in events for token in event["logprobs"]["tokens"]]
+    assert tokens == choice["logprobs"]["tokens"]
 
 
 def test_chat_streamed_and_not_end_with_the_verdict(servers: tuple[Server, str]) -> None:

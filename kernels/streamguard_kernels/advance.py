@@ -277,7 +277,10 @@ def peek_kernel(
     packed, slots, tokens, last, policy, hidden, end_tokens, end_bits, state, pending, best, events,
     num_events, buffer, scratch,
 ):  # fmt: skip
-    """Say what `advance_kernel` would find; commit nothing. Same arguments; state is read only."""
+    """Say what `advance_kernel` would find; commit nothing. Same arguments; state is read only.
+
+    A token of -1 is none at all: with last = 1 it asks what the end of the text would complete.
+    """
     t = unpack_tables(packed)
     for row in range(slots.shape[0]):
         slot = slots[row]
@@ -290,7 +293,7 @@ def peek_kernel(
                 scratch[i] = state[slot, i]
             at = pending[slot]
             ends = _end_bits(token, slot, row, last, end_tokens, end_bits)
-            if (ends & UNSEEN) == 0 and not (hidden[slot] and t.token_special[token]):
+            if token >= 0 and (ends & UNSEEN) == 0 and not (hidden[slot] and t.token_special[token]):
                 at, rule = feed_token(
                     t, lo, hi, scratch, at, token, buffer, rule, row, events, num_events
                 )

@@ -131,7 +131,7 @@ def _load(path: str | Path) -> Any:
         raise TokenizerError(
             f"{path}: no tokenizer can be loaded from here "
             f"({reason[0] if reason else type(error).__name__}). Give a folder with "
-            f"tokenizer.json, as save_pretrained writes it, or a model name that is in the local cache."
+            f"tokenizer.json, as save_pretrained writes it, or a model name in the local cache."
         ) from None
 
 

@@ -22,7 +22,10 @@ POLICY_ARGUMENT = "streamguard_policy"
 def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
     """Around InputProcessor.__init__: load the rules once, before the first request."""
     original(self, *args, **kwargs)
-    self._streamguard = Context.from_config(self.vllm_config)
+    context = Context.from_config(self.vllm_config)
+    if context is not None and context.word_hold is not None:
+        context.word_hold.warm_up()
+    self._streamguard = context
 
 
 def process_inputs(

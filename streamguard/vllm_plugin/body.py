@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,63 +11,12 @@ import torch
 
 from streamguard.errors import AttestationError
 from streamguard.row_guard import RowGuard
-from streamguard.session import Session
 from streamguard.verdict import FAILED
 from streamguard.vllm_plugin import beside
-from streamguard.vllm_plugin.settings import KEY, Context
+from streamguard.vllm_plugin.requests import Admission
+from streamguard.vllm_plugin.settings import Context
 
 logger = logging.getLogger("vllm.streamguard")
-
-
-@dataclass(frozen=True)
-class Admission:
-    """What a guard needs to know of a request, from its parameters as admission completed them.
-
-    A request that reached the engine without admission falls under the default policy.
-    max_tokens: most tokens that the text can have, the engine's own limit included.
-    """
-
-    policy: str
-    prompt: list[int]
-    max_tokens: int
-    hide_special_tokens: bool
-    end_token_ids: list[int]
-    show_end_token: bool
-
-    @classmethod
-    def from_request(
-        cls, context: Context, params: Any, prompt: Sequence[int] | None, max_model_len: int
-    ) -> Admission:
-        """Read a request's parameters."""
-        entry = (params.extra_args or {}).get(KEY) or {}
-        table = context.table
-        ids = np.asarray(() if prompt is None else prompt, np.int64)
-        room = max_model_len - len(ids)
-        # Ids that the vocabulary does not have (placeholders of images, say) are no text.
-        foreign = np.flatnonzero((ids < 0) | (ids >= len(table.vocabulary)))
-        return cls(
-            policy=entry.get("policy", table.policies[table.default_policy]),
-            prompt=(ids[foreign[-1] + 1 :] if len(foreign) else ids).tolist(),
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            hide_special_tokens=params.skip_special_tokens,
-            end_token_ids=[
-                token
-                for token in entry.get("ends", params.stop_token_ids or ())
-                if 0 <= token < len(table.vocabulary)
-            ],
-            show_end_token=params.include_stop_str_in_output,
-        )
-
-    def reset(self, session: Session, slot: int) -> None:
-        """Begin the text in a session's slot."""
-        session.reset(
-            slot,
-            self.prompt,
-            policy=self.policy,
-            hide_special_tokens=self.hide_special_tokens,
-            end_token_ids=self.end_token_ids,
-            show_end_token=self.show_end_token,
-        )
 
 
 class Attached:

@@ -30,6 +30,7 @@ def register() -> None:
     _check_version()
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.output_processor import OutputProcessor, RequestState
     from vllm.v1.structured_output import StructuredOutputManager
@@ -43,6 +44,7 @@ def register() -> None:
     _wrap(OutputProcessor, "process_outputs", wire.process_outputs)
     _wrap(RequestState, "from_new_request", wire.from_new_request)
     _wrap(RequestState, "_new_completion_output", wire.new_completion_output)
+    _wrap(FastIncrementalDetokenizer, "_protected_step", wire.protected_step)
     _wrap(StructuredOutputManager, "accept_tokens", wire.accept_tokens)
     _wrap(Worker, "load_model", attest.load_model)
     _wrap(EngineCore, "_initialize_kv_caches", attest.initialize_kv_caches)

@@ -20,7 +20,8 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from streamguard.compiler.rules import MASK
 from streamguard.session import Session
-from streamguard.vllm_plugin import body
+from streamguard.vllm_plugin.body import Attached
+from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
 
 logger = logging.getLogger("vllm.streamguard")
@@ -67,7 +68,7 @@ class _Entering:
     limit: int
 
 
-class V2Body(body.Attached):
+class V2Body(Attached):
     """Slots of the runner are slots of the kernels' `Slots`."""
 
     known_sampler = Sampler
@@ -125,7 +126,7 @@ class V2Body(body.Attached):
     def add_request(self, slot: int, params: Any) -> bool:
         """Begin a request; the sampler calls this right after the runner stored its tokens."""
         prompt = self._prompts.pop(slot, [])
-        admission = body.Admission.from_request(self.context, params, prompt, self._max_model_len)
+        admission = Admission.from_request(self.context, params, prompt, self._max_model_len)
         session = self._session
         admission.reset(session, 0)
         policy = self.context.table.policies.index(admission.policy)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from streamguard.compiler.program import Program
     from streamguard.compiler.rules import RuleTable
+    from streamguard.holdback import WordHold
     from streamguard.metrics import AdmissionMetrics, WorkerMetrics
     from streamguard.policy import PolicySet
     from streamguard.verdict import VerdictCodes
@@ -91,6 +92,17 @@ class Context:
         from streamguard.compiler.program import compile_program
 
         return compile_program(self.policies, self.table.vocabulary)
+
+    @cached_property
+    def word_hold(self) -> WordHold | None:
+        """What frontends withhold under policies with word rules; None if no policy has any."""
+        from streamguard.compiler.rules import OBSERVE
+
+        if not any(r.rule.boundary == "word" and r.group != OBSERVE for r in self.table.rules):
+            return None
+        from streamguard.holdback import WordHold
+
+        return WordHold(self.policies, self.table)
 
     @cached_property
     def admission_metrics(self) -> AdmissionMetrics:

@@ -6,12 +6,19 @@ the statistics see it, so no text, token id or logprob of them can reach a clien
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from streamguard.verdict import FAILED, UNKNOWN, VerdictReader
 from streamguard.vllm_plugin import beside
+from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import KEY, Context
+
+if TYPE_CHECKING:
+    from streamguard.holdback import HeldText
 
 FINISH_REASON = "content_filter"
 _BY_SHA: dict[str, Context] = {}
@@ -29,10 +36,21 @@ class _NoTokens(list[int]):
 class _Response:
     """Verdict of one response, while it is being read."""
 
-    def __init__(self, context: Context, request_id: str, policy: int) -> None:
+    def __init__(self, context: Context, request: Any, entry: dict[str, Any]) -> None:
+        policy = context.table.policies.index(entry["policy"])
         self.context = context
-        self.request_id = request_id
+        self.request_id: str = request.request_id
         self.reader = VerdictReader(context.codes, policy)
+        self.held_tokens: list[int] = []
+        self.held_logprobs: Any = None
+        self.text: HeldText | None = None
+        hold = context.word_hold
+        if hold is not None and entry["policy"] in hold.policies:
+            admission = Admission.from_request(
+                context, request.sampling_params, request.prompt_token_ids, 0
+            )
+            self.text = admission.hold(hold)
+            weakref.finalize(self, hold.end, self.text)
 
     def stop_reason(self) -> str | None:
         """`streamguard:<rule id>` once a verdict stands."""
@@ -57,23 +75,22 @@ def process_outputs(
 
 
 def _strip(response: _Response, state: Any, output: Any) -> None:
+    """Take out of an output what the client must not see, or must not see yet."""
     reader = response.reader
     before = reader.rule
     tokens = output.new_token_ids
-    if tokens:
-        shown = reader.feed(tokens)
-        if len(shown) < len(tokens):
-            output.new_token_ids = [tokens[i] for i in shown]
-            if output.new_logprobs is not None:
-                output.new_logprobs = _pick(output.new_logprobs, shown)
+    shown = reader.feed(tokens)
     codes = response.context.codes
     if codes.kept_beside:
         if reader.rule is None:
             reader.rule = beside.read(response.request_id)
         if reader.rule is not None and tokens and tokens[-1] == codes.eos_id:
-            output.new_token_ids = tokens[:-1]  # the EOS that stands for the verdict
-            if output.new_logprobs is not None:
-                output.new_logprobs = _pick(output.new_logprobs, list(range(len(tokens) - 1)))
+            shown = shown[:-1]  # the EOS that stands for the verdict
+    if len(shown) < len(tokens):
+        output.new_token_ids = [tokens[i] for i in shown]
+        output.new_logprobs = _pick(output.new_logprobs, shown)
+    if response.text is not None:
+        _hold(response, output)
     if reader.rule is not None and before is None and state.detokenizer is not None:
         # A message is said to the end: the client's stop strings apply to the model's text only.
         detokenizer = state.detokenizer
@@ -82,9 +99,40 @@ def _strip(response: _Response, state: Any, output: Any) -> None:
             detokenizer.stop_buffer_length = 0
 
 
+def _hold(response: _Response, output: Any) -> None:
+    """Show a word under a word rule only once it is known to be another one."""
+    if response.reader.rule is not None:
+        response.held_tokens, response.held_logprobs = [], None  # never shown
+        return
+    assert response.text is not None  # noqa: S101  (caller looked)
+    num_held = response.text.feed(output.new_token_ids)
+    tokens = response.held_tokens + output.new_token_ids
+    logprobs = _join(response.held_logprobs, output.new_logprobs)
+    at = len(tokens) - num_held
+    if output.finish_reason is None:
+        response.held_tokens, response.held_logprobs = tokens[at:], _span(logprobs, at, len(tokens))
+    output.new_token_ids, output.new_logprobs = tokens[:at], _span(logprobs, 0, at)
+
+
+def _join(first: Any, second: Any) -> Any:
+    """Two stretches of logprobs, of which either may be None, as one."""
+    if first is None or second is None:
+        return second if first is None else first
+    return second._replace(
+        logprob_token_ids=np.concatenate([first.logprob_token_ids, second.logprob_token_ids]),
+        logprobs=np.concatenate([first.logprobs, second.logprobs]),
+        sampled_token_ranks=np.concatenate([first.sampled_token_ranks, second.sampled_token_ranks]),
+    )
+
+
+def _span(logprobs: Any, begin: int, end: int) -> Any:
+    """Positions begin..end of a stretch of logprobs; None if there are none."""
+    return _pick(logprobs, list(range(begin, end)))
+
+
 def _pick(logprobs: Any, shown: list[int]) -> Any:
     """Keep the positions of a LogprobsLists slice that a client may see; None if none is left."""
-    if not shown:
+    if logprobs is None or not shown:
         return None
     return logprobs._replace(
         logprob_token_ids=logprobs.logprob_token_ids[shown],
@@ -101,8 +149,7 @@ def from_new_request(original: Callable[..., Any], cls: Any, *args: Any, **kw: A
     entry = (getattr(params, "extra_args", None) or {}).get(KEY)
     if entry is not None:
         context = _BY_SHA[entry["guard"]]
-        policy = context.table.policies.index(entry["policy"])
-        state.streamguard = _Response(context, request.request_id, policy)
+        state.streamguard = _Response(context, request, entry)
     return state
 
 
@@ -127,6 +174,17 @@ def new_completion_output(
             output.finish_reason = FINISH_REASON
             output.stop_reason = reason
     return output
+
+
+def protected_step(original: Callable[..., str | None], self: Any, token_id: int) -> str | None:
+    """Around FastIncrementalDetokenizer._protected_step: a restart must not swallow broken bytes.
+
+    Where broken bytes follow a character spelled in byte tokens, vLLM's stream loses its place,
+    starts over and drops them: "b" FF "omb" could read as "bomb", a match that nobody sampled.
+    """
+    before = self.stream
+    text = original(self, token_id)
+    return text if self.stream is before else "\ufffd" + (text or "")
 
 
 def accept_tokens(

@@ -12,12 +12,12 @@ from streamguard_kernels.lookahead import Ranges, pack_ranges, unpack_ranges
 from streamguard_kernels.packing import pack
 
 
-@njit
+@njit(cache=True)
 def tables_again(packed):
     return unpack_tables(packed)
 
 
-@njit
+@njit(cache=True)
 def ranges_again(packed):
     return unpack_ranges(packed)
 
