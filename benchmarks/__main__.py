@@ -36,7 +36,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="advance, lookahead, engine")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--record", action="store_true", help="keep the record of a partial run too")
+    parser.add_argument(
+        "--record", action="store_true", help="keep the record of a partial run too"
+    )
     options = parser.parse_args()
     benches = _benches(options.quick)
     unknown = sorted(set(options.names) - set(benches))

@@ -8,7 +8,8 @@ batch: part of their cost is that Python call, as it would be in a logits proces
 
 CPU time of one thread. Before anything is timed, all engines must report the same rules on the same
 tokens of the same text. `case` ignores case on both sides. `near misses` is a list made to hurt us: its
-literals begin with the words of the text, so the automaton leaves its hot states. Limits: ASCII text and literals; tokens of one kind of vocabulary; warm
+literals begin with the words of the text, so the automaton leaves its hot states. Limits: ASCII text
+and literals; tokens of one kind of vocabulary; warm
 caches (a real step evicts tables in between, ours as well as the peers'). At batch 1 the call itself
 decides, and there we lose.
 """
@@ -234,9 +235,7 @@ def bench(quick: bool, on_case: Callable[[str], None]) -> Results:
             ratio = Ratio.of(t[peer].rounds, t[ours].rounds)
             p99 = t[peer].p99 / t[ours].p99
             value = t[ours].median * 1e9
-            results.cells.append(
-                Cell(ROOM, question, num_literals, batch, value, "ns", ratio, p99)
-            )
+            results.cells.append(Cell(ROOM, question, num_literals, batch, value, "ns", ratio, p99))
             return ratio
 
         for peer in (HYPERSCAN, PYAHOCORASICK):

@@ -126,7 +126,9 @@ def prepare(num_literals: int, batch: int) -> Case:
         raise AssertionError("no token is masked in any row: nothing is measured")
     contestants = {
         KERNEL: Contestant(lambda k: calls[k % SNAPSHOTS]()),
-        SESSION: Contestant(lambda k: sessions[k % SNAPSHOTS].apply_mask(logits, slots, slots, last)),
+        SESSION: Contestant(
+            lambda k: sessions[k % SNAPSHOTS].apply_mask(logits, slots, slots, last)
+        ),
         ENGINE: Contestant(lambda k: row_guards[k % SNAPSHOTS].mask(logits, slot_list, slot_list)),
         NO_RULES: Contestant(lambda k: free.apply_mask(logits, slots, slots, last)),
         XGRAMMAR: Contestant(
@@ -167,7 +169,8 @@ def _bad_words(num_literals: int) -> tuple[Callable[..., None], list[list[int]],
     tokenizer = get_tokenizer(str(demo_model()))
     chosen = list(literals(num_literals))
     portions = [
-        SamplingParams(bad_words=chosen[at : at + _PORTION]) for at in range(0, num_literals, _PORTION)
+        SamplingParams(bad_words=chosen[at : at + _PORTION])
+        for at in range(0, num_literals, _PORTION)
     ]
     spent = seconds(lambda: [params.update_from_tokenizer(tokenizer) for params in portions])
     sequences = [ids for params in portions for ids in params.bad_words_token_ids or []]
@@ -211,9 +214,7 @@ def bench(quick: bool, on_case: Callable[[str], None]) -> Results:
             ratio = Ratio.of(t[peer].rounds, t[ours].rounds)
             p99 = t[peer].p99 / t[ours].p99
             value = t[ours].median * 1e6
-            results.cells.append(
-                Cell(ROOM, question, num_literals, batch, value, "µs", ratio, p99)
-            )
+            results.cells.append(Cell(ROOM, question, num_literals, batch, value, "µs", ratio, p99))
             return ratio
 
         ratio = compare(SESSION, XGRAMMAR, "Session.apply_mask: × faster than xgrammar's apply")

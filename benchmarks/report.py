@@ -96,7 +96,10 @@ def _lines(cells: Iterable[Cell]) -> list[tuple[str, list[str]]]:
         question = grouped.setdefault((cell.room, cell.question), {})
         question.setdefault(cell.patterns, {})[cell.batch] = cell.text
     return [
-        (room, [question, f"{patterns:,}" if patterns else "–"] + [line.get(b, "") for b in BATCHES])
+        (
+            room,
+            [question, f"{patterns:,}" if patterns else "–"] + [line.get(b, "") for b in BATCHES],
+        )
         for (room, question), by_patterns in grouped.items()
         for patterns, line in sorted(by_patterns.items())
     ]

@@ -174,7 +174,7 @@ def _shown(case: Case, plain: Answer, guarded: Answer) -> Panel:
     table.add_column()
     table.add_row("unguarded", Text(plain.text.strip()))
     shown = Text()
-    same = os.path.commonprefix([plain.text, guarded.text])
+    same = os.path.commonprefix([plain.text, guarded.text])  # noqa: RUF071  (characters are meant)
     shown.append(same.lstrip())
     if verdict:
         shown.append("■", style="bold red")

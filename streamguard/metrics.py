@@ -135,9 +135,7 @@ class WorkerMetrics:
             self._info = _gauge("policy_info", "Policies in force", "livemax", "policy", "sha256")
             self._compile = _gauge("compile_seconds", "Time to compile the policies", "livemax")
             self._bytes = _gauge("automaton_bytes", "Memory of the compiled tables", "livemax")
-            self._tokens = Counter(
-                "streamguard_tokens_total", "Tokens decided on", registry=None
-            )
+            self._tokens = Counter("streamguard_tokens_total", "Tokens decided on", registry=None)
             verdicts = Counter(
                 "streamguard_verdicts_total",
                 "Rules that fired",
@@ -187,9 +185,7 @@ class WorkerMetrics:
 
 
 def _gauge(name: str, help_text: str, mode: Any, *labels: str) -> Any:
-    return Gauge(
-        f"streamguard_{name}", help_text, labels, registry=None, multiprocess_mode=mode
-    )
+    return Gauge(f"streamguard_{name}", help_text, labels, registry=None, multiprocess_mode=mode)
 
 
 def _errors(kind: str) -> Any:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from streamguard_kernels.scan import most_matches_per_byte, scan_kernel
-from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 from streamguard.compiler.program import Program
+from streamguard_kernels.scan import most_matches_per_byte, scan_kernel
+from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _BLOCK = 1 << 16
 
@@ -58,7 +58,9 @@ class Scanner:
     def feed(self, chunk: bytes) -> Iterator[Match]:
         """Matches that the chunk makes certain."""
         for at in range(0, len(chunk), _BLOCK):
-            yield from self._step(np.frombuffer(bytearray(chunk[at : at + _BLOCK]), np.uint8), final=False)
+            yield from self._step(
+                np.frombuffer(bytearray(chunk[at : at + _BLOCK]), np.uint8), final=False
+            )
 
     def finish(self) -> Iterator[Match]:
         """Matches that the end of the stream makes certain."""

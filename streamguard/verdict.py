@@ -53,7 +53,10 @@ class VerdictCodes:
 
     @classmethod
     def from_table(
-        cls, table: RuleTable, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]
+        cls,
+        table: RuleTable,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[list[int]], str],
     ) -> VerdictCodes:
         """Assign spare ids to rules and tokenize messages; the same in every process.
 
@@ -82,7 +85,9 @@ class VerdictCodes:
             for p in range(len(table.policies))
         ]
         most = max(map(len, rules_per_policy))
-        codes = [i for i in range(len(vocabulary)) if i not in special and vocabulary.token_bytes[i]]
+        codes = [
+            i for i in range(len(vocabulary)) if i not in special and vocabulary.token_bytes[i]
+        ]
         for indices in rules_per_policy:
             own: dict[int, int] = {}
             for local, index in enumerate(indices):
@@ -203,7 +208,7 @@ class Progress:
 
     def forced(self, codes: VerdictCodes) -> int:
         """The next token of the script that runs."""
-        assert self.rule is not None  # noqa: S101  (caller looked)
+        assert self.rule is not None
         if self.rule < 0:
             return codes.stop_id if codes.stop_id is not None else codes.eos_id
         script = codes.scripts[self.rule]

@@ -293,7 +293,11 @@ def peek_kernel(
                 scratch[i] = state[slot, i]
             at = pending[slot]
             ends = _end_bits(token, slot, row, last, end_tokens, end_bits)
-            if token >= 0 and (ends & UNSEEN) == 0 and not (hidden[slot] and t.token_special[token]):
+            if (
+                token >= 0
+                and (ends & UNSEEN) == 0
+                and not (hidden[slot] and t.token_special[token])
+            ):
                 at, rule = feed_token(
                     t, lo, hi, scratch, at, token, buffer, rule, row, events, num_events
                 )

@@ -45,8 +45,6 @@ def find_matches(
     return sorted((end, rule, start) for (end, rule), start in found.items())
 
 
-def completing_tokens(
-    completes: Callable[[int], bool], token_ids: Iterable[int]
-) -> list[int]:
+def completing_tokens(completes: Callable[[int], bool], token_ids: Iterable[int]) -> list[int]:
     """The look-ahead mask by trying every token."""
     return [token for token in token_ids if completes(token)]

@@ -32,7 +32,9 @@ def most_matches_per_byte(first_pattern, next_pattern, suffix_link):
 
 
 @njit(cache=True, nogil=True)
-def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending, found, final, reserve):
+def scan_kernel(
+    t, lo, hi, data, raw_position, states, positions, ring, pending, found, final, reserve
+):
     """Walk the tracks [lo, hi) over a stretch of raw bytes and report every match with its place.
 
     data          uint8[num_bytes]: the next raw bytes; raw_position is the offset of data[0].
@@ -83,7 +85,12 @@ def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending,
                 if turn == 0 and broken and form >= 0:
                     first, last = began, here
                     n = map_character(
-                        REPLACEMENT, wrap, t.page_of[form], t.entries, t.map_offsets, t.map_data,
+                        REPLACEMENT,
+                        wrap,
+                        t.page_of[form],
+                        t.entries,
+                        t.map_offsets,
+                        t.map_data,
                         buffer,
                     )
                 elif turn == 1 and form < 0 and not ending:
@@ -93,7 +100,12 @@ def scan_kernel(t, lo, hi, data, raw_position, states, positions, ring, pending,
                 elif turn == 1 and form >= 0 and code_point >= 0:
                     first, last = char_start, here + 1
                     n = map_character(
-                        code_point, wrap, t.page_of[form], t.entries, t.map_offsets, t.map_data,
+                        code_point,
+                        wrap,
+                        t.page_of[form],
+                        t.entries,
+                        t.map_offsets,
+                        t.map_data,
                         buffer,
                     )
                 elif turn == 2 and ending and form >= 0 and wrap:

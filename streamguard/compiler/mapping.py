@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 import regex
+
 from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD
 
 # Unicode TR18 \w: Alphabetic, marks, decimal numbers, connector punctuation, join controls. Marks
@@ -72,8 +73,8 @@ class CharacterTables:
 
 @cache
 def _nonword_flags() -> np.ndarray:
-    everything = "".join(map(chr, range(0xD800))) + " " * 0x800 + "".join(
-        map(chr, range(0xE000, 0x110000))
+    everything = (
+        "".join(map(chr, range(0xD800))) + " " * 0x800 + "".join(map(chr, range(0xE000, 0x110000)))
     )
     flags = np.ones(0x110000, np.int32)
     for match in _WORDS.finditer(everything):

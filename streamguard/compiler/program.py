@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+
+from streamguard.compiler.mapping import Mapping, character_tables
+from streamguard.compiler.rules import MASK, STOP, CompiledRule, RuleTable
+from streamguard.compiler.vocabulary import Vocabulary
+from streamguard.errors import PolicyError
+from streamguard.policy import PolicySet
 from streamguard_kernels.advance import Tables
 from streamguard_kernels.automaton import (
     build_trie,
@@ -22,12 +28,6 @@ from streamguard_kernels.lookahead import (
     tokens_with_whole_patterns,
 )
 from streamguard_kernels.utf8 import AFTER_NONWORD, map_tokens
-
-from streamguard.compiler.mapping import Mapping, character_tables
-from streamguard.compiler.rules import MASK, STOP, CompiledRule, RuleTable
-from streamguard.compiler.vocabulary import Vocabulary
-from streamguard.errors import PolicyError
-from streamguard.policy import PolicySet
 
 #: Most bytes that the transition tables of one policy set may take.
 MAX_TABLE_BYTES = 1 << 30
@@ -116,9 +116,7 @@ class Program:
     @cached_property
     def _orders(self) -> list[np.ndarray]:
         t = self.tables
-        return [
-            token_order(offsets, t.token_data, t.token_special) for offsets in t.token_offsets
-        ]
+        return [token_order(offsets, t.token_data, t.token_special) for offsets in t.token_offsets]
 
     def _ranges(self, group: int) -> Ranges:
         t = self.tables

@@ -57,7 +57,12 @@ def _reasons(config: VllmConfig) -> list[tuple[str, str, str]]:
         "diffusion samplers do not run logits processors",
         "Serve an autoregressive model.",
     )
-    refuse(current_platform.is_tpu(), "TPU", "vLLM builds no logits processors on TPU", "Use a GPU or CPU.")  # fmt: skip
+    refuse(
+        current_platform.is_tpu(),
+        "TPU",
+        "vLLM builds no logits processors on TPU",
+        "Use a GPU or CPU.",
+    )
     refuse(
         getattr(model, "enable_trace_replay", False),
         "--enable-trace-replay",

@@ -121,7 +121,9 @@ def _cure_llvmlite() -> None:
     kind.__getattr__ = careful
 
 
-def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+def _create_engine_config(
+    original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Refuse here: main process, final values, no child started; `LLM` and `vllm serve` alike."""
     config = original(self, *args, **kwargs)
     from streamguard.vllm_plugin import refuse, settings
@@ -132,7 +134,7 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
         return config
     refuse.check(config)
     context = settings.Context.from_config(config)  # a tokenizer that does not fit is found here
-    assert context is not None  # noqa: S101
+    assert context is not None
     _pin(config, policies.sha256)
 
     from streamguard import metrics
@@ -148,7 +150,9 @@ def _create_engine_config(original: Callable[..., Any], self: Any, *args: Any, *
         len(context.table.rules),
         total,
         policies.sha256[:12],
-        "; verdicts kept beside: the vocabulary has no spare ids" if context.codes.kept_beside else "",
+        "; verdicts kept beside: the vocabulary has no spare ids"
+        if context.codes.kept_beside
+        else "",
     )
     return config
 
@@ -173,7 +177,7 @@ def _inert() -> None:
         raise ConfigurationError(
             f"{settings.REQUIRED_VARIABLE}=1, but no policy is configured; nothing would be guarded. "
             f"Set {settings.POLICY_VARIABLE}=policy.yaml, or give --additional-config "
-            f"'{{\"{settings.KEY}\": {{\"policy\": \"policy.yaml\"}}}}'."
+            f'\'{{"{settings.KEY}": {{"policy": "policy.yaml"}}}}\'.'
         )
     if not _said_inert:
         logger.info(

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from streamguard_kernels import device as kernels
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from streamguard.compiler.rules import MASK
@@ -23,6 +22,7 @@ from streamguard.session import Session
 from streamguard.vllm_plugin.body import Attached
 from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
+from streamguard_kernels import device as kernels
 
 logger = logging.getLogger("vllm.streamguard")
 _PUBLISH_EVERY_S = 0.25
@@ -79,7 +79,7 @@ class V2Body(Attached):
         program, codes = context.program, context.codes
         self._requests = req_states
         self._device = req_states.device
-        assert codes.stop_id is not None and codes.marker_id is not None  # noqa: S101, PT018
+        assert codes.stop_id is not None and codes.marker_id is not None  # noqa: PT018
         table = context.table
         self._tables = kernels.to_device(
             program.tables,

@@ -104,7 +104,7 @@ def _hold(response: _Response, output: Any) -> None:
     if response.reader.rule is not None:
         response.held_tokens, response.held_logprobs = [], None  # never shown
         return
-    assert response.text is not None  # noqa: S101  (caller looked)
+    assert response.text is not None
     num_held = response.text.feed(output.new_token_ids)
     tokens = response.held_tokens + output.new_token_ids
     logprobs = _join(response.held_logprobs, output.new_logprobs)
@@ -195,7 +195,9 @@ def accept_tokens(
     entry = (getattr(params, "extra_args", None) or {}).get(KEY) if params else None
     if entry is not None and new_token_ids:
         marks = entry["marks"]
-        if getattr(request, "_streamguard_verdict", False) or any(t in marks for t in new_token_ids):
+        if getattr(request, "_streamguard_verdict", False) or any(
+            t in marks for t in new_token_ids
+        ):
             request._streamguard_verdict = True
             return True
     return original(self, request, new_token_ids)
