@@ -47,8 +47,8 @@ class Engine:
     def round(self, batch: int, num_tokens: int, policy: str | None) -> dict[str, Any]:
         """Generate num_tokens tokens for each of `batch` prompts, greedily.
 
-        Returns seconds in all and of each decode step, the guard's own seconds by phase, and the
-        tokens of every request.
+        Returns seconds in all and of each decode step, CPU seconds (all threads) of each decode
+        step, the guard's own seconds by phase, and the tokens of every request.
         """
         from vllm import SamplingParams
 
@@ -57,7 +57,7 @@ class Engine:
         guard_before = guard_seconds()
         tokens: dict[str, list[int]] = {}
         reasons: dict[str, str] = {}
-        ends = []
+        ends, cpu_ends = [], []
         started = time.perf_counter()
         for prompt in self._prompts[:batch]:
             self._num_requests += 1
@@ -71,12 +71,14 @@ class Engine:
         while engine.has_unfinished_requests():
             outputs = engine.step()
             ends.append(time.perf_counter())
+            cpu_ends.append(time.process_time())
             for output in outputs:
                 tokens[output.request_id] = list(output.outputs[0].token_ids)
                 reasons[output.request_id] = str(output.outputs[0].finish_reason)
         return {
             "seconds": ends[-1] - started,
             "step_seconds": [b - a for a, b in itertools.pairwise(ends)],
+            "step_cpu_seconds": [b - a for a, b in zip(cpu_ends, cpu_ends[1:], strict=False)],
             "guard_seconds": {p: s - guard_before[p] for p, s in guard_seconds().items()},
             "tokens": [tokens[key] for key in sorted(tokens, key=int)],
             "reasons": sorted(set(reasons.values())),

@@ -42,7 +42,14 @@ class Setting:
     def __init__(self, model: Path, folder: Path) -> None:
         self.model = model
         self.requests = {
-            f"{way}-{i}": Request(prompt, {"max_tokens": NUM_TOKENS, **params})
+            f"{way}-{i}": Request(
+                prompt,
+                {
+                    "max_tokens": NUM_TOKENS,
+                    **params,
+                    **({"seed": 10 * i} if way == "sampled" else {}),
+                },
+            )
             for way, params in WAYS.items()
             for i, prompt in enumerate(PROMPTS)
         }
