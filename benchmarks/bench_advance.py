@@ -68,8 +68,8 @@ class Hyperscan:
         for stream in self.streams:
             stream.__enter__()
 
-    def _on_match(self, rule: int, _start: int, _end: int, _flags: int, row: int) -> None:
-        self.found.append((row, rule))
+    def _on_match(self, rule: int, _start: int, _end: int, _flags: int, row: object) -> None:
+        self.found.append((row, rule))  # type: ignore[arg-type]  # the context given above
 
     def feed(self, token_bytes: list[bytes]) -> None:
         """One token a text."""
@@ -107,6 +107,7 @@ class Case:
     num_hits: int
     num_steps: int
     batch: int
+    keep: tuple[Session, ...]
 
     def run(self, name: str) -> None:
         """One pass over the stream."""
@@ -162,15 +163,15 @@ def prepare(num_literals: int, batch: int, form: str) -> Case:
     free = guard.session(batch)
     rows = list(stream)
     contestants = {
-        # The arguments hold addresses only: `inner` has to live as long as they do.
-        KERNEL: Contestant(lambda k, keep=inner: kernel(*calls[k])),
+        KERNEL: Contestant(lambda k: kernel(*calls[k])),
         SESSION: Contestant(lambda k: session.advance(slots, rows[k])),
         ENGINE: Contestant(lambda k: rows_guard.commit(slot_list, token_lists[k])),
         NO_RULES: Contestant(lambda k: free.advance(slots, rows[k])),
         HYPERSCAN: Contestant(lambda k: hs.feed(rows_of_bytes[k])),
         PYAHOCORASICK: Contestant(lambda k: ac.feed(rows_of_text[k])),
     }
-    return Case(contestants, compile_seconds, len(hits), num_steps, batch)
+    # The kernel's arguments hold addresses of arrays that only `inner` keeps alive.
+    return Case(contestants, compile_seconds, len(hits), num_steps, batch, (inner,))
 
 
 def _session_hits(

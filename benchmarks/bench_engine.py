@@ -25,6 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -209,7 +210,7 @@ def bench(quick: bool, on_turn: Callable[[str], None]) -> Results:
     with engines() as (guarded, unguarded):
         for batch in BATCHES:
             turns = measure(
-                guarded, unguarded, batch, rounds(quick), lambda b=batch: on_turn(f"batch {b}")
+                guarded, unguarded, batch, rounds(quick), partial(on_turn, f"batch {batch}")
             )
             results.add(_results(turns, batch))
     return results

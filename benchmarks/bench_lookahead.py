@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,8 @@ def prepare(num_literals: int, batch: int) -> Case:
     guard = work.guard(num_literals, "mask")
     build_seconds = guard.program.compile_seconds + seconds(lambda: guard.program.mask_ranges)
     stream = work.stream(batch, _LEAD + _APART * SNAPSHOTS)
-    slots = np.arange(batch)
-    last = np.zeros(batch, bool)
+    slots: Any = np.arange(batch)
+    last: Any = np.zeros(batch, bool)
     slot_list = slots.tolist()
     logits = np.zeros((batch, num_tokens), np.float32)
     tensor = torch.from_numpy(logits)
@@ -97,7 +97,7 @@ def prepare(num_literals: int, batch: int) -> Case:
         session = rows.session
         allowed = np.zeros((batch, num_tokens), np.float32)
         kernel, arguments = captured(
-            "apply_ranges", lambda s=session, a=allowed: s.apply_mask(a, slots, slots, last)
+            "apply_ranges", partial(session.apply_mask, allowed, slots, slots, last)
         )
         forbidden = np.isneginf(allowed)
         masked += int(forbidden.sum())
@@ -110,8 +110,7 @@ def prepare(num_literals: int, batch: int) -> Case:
         xgrammar.apply_token_bitmask_inplace(again, bitmask)
         if not np.array_equal(np.isneginf(again.numpy()), forbidden):
             raise AssertionError("xgrammar masked other tokens")
-        call = substituted(arguments, allowed, logits)
-        calls.append(lambda kernel=kernel, call=call: kernel(*call))
+        calls.append(partial(kernel, *substituted(arguments, allowed, logits)))
         sessions.append(session)
         row_guards.append(rows)
         bitmasks.append(bitmask)

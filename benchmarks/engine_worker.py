@@ -78,7 +78,7 @@ class Engine:
         return {
             "seconds": ends[-1] - started,
             "step_seconds": [b - a for a, b in itertools.pairwise(ends)],
-            "step_cpu_seconds": [b - a for a, b in zip(cpu_ends, cpu_ends[1:], strict=False)],
+            "step_cpu_seconds": [b - a for a, b in itertools.pairwise(cpu_ends)],
             "guard_seconds": {p: s - guard_before[p] for p, s in guard_seconds().items()},
             "tokens": [tokens[key] for key in sorted(tokens, key=int)],
             "reasons": sorted(set(reasons.values())),

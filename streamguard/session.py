@@ -14,7 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
-from streamguard_kernels.advance import LAST, UNSEEN, advance_kernel, pack_tables, peek_kernel
+from streamguard_kernels.advance import (
+    LAST,
+    UNSEEN,
+    advance_kernel,
+    in_range,
+    pack_tables,
+    peek_kernel,
+)
 from streamguard_kernels.lookahead import apply_ranges, mark_forbidden, pack_ranges
 from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
 
@@ -320,8 +327,9 @@ class Session:
                 f"slots has shape {rows.shape}, token_ids {tokens.shape}; both need one dimension "
                 f"and the same length."
             )
-        self._check_slots(rows)
-        self._check_tokens(tokens)
+        if not in_range(rows, tokens, self.num_slots, len(self.program.vocabulary)):
+            self._check_slots(rows)
+            self._check_tokens(tokens)
         return rows, tokens
 
     def _check_slots(self, slots: NDArray[np.int64]) -> None:

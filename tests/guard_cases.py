@@ -155,6 +155,16 @@ class TextOracle:
                 found |= {(reading, *m) for m in matches(text, what, index, ended=self.ended)}
         return found
 
+    def prompt_ends_in_a_match(self) -> bool:
+        """Whether a word rule matches at the very end of the prompt: such a rule forgets the prompt."""
+        text = decode(self.prompt, True)
+        return any(
+            match[0] == len(text)
+            for index, what in self.rules
+            if what.boundary == "word"
+            for match in matches(text, what, index)
+        )
+
     def feed(self, token: int, *, last: bool = False) -> set[int]:
         """Append a token; return the global indices of the rules that it completes."""
         ends = token in self.ends

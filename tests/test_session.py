@@ -276,6 +276,8 @@ def test_prompt_and_output_are_read_as_the_oracle_reads_them(seed: int) -> None:
         one.reset(0, prompt, hide_special_tokens=hidden)
         ends = VOCABULARY.eos_token_ids
         oracle = TextOracle(compiled, 0, prompt=prompt, hidden=hidden, ends=ends)
+        if oracle.prompt_ends_in_a_match():
+            continue
         output = [*random_tokens(rng), EOS]
         expected = [oracle.feed(token) for token in output]
         assert hits_per_token(one, 0, output) == expected, (oracle.prompt, oracle.output)

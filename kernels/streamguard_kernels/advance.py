@@ -103,8 +103,9 @@ def pack_tables(tables):
 
 
 @borrowing
-def _record(t, track, state, best, row, events, num_events):
+def _record(packed, track, state, best, row, events, num_events):
     """Fold the rules of an accept state into `best`; append (row, rule) events while they fit."""
+    t = unpack_tables(packed)
     index = (state - t.track_base[track]) // t.track_classes[track]
     first_state = t.track_states[track]
     rule = t.best_rule[first_state + index]
@@ -126,19 +127,21 @@ def _record(t, track, state, best, row, events, num_events):
 
 
 @borrowing
-def _feed_mapped(t, track, state, data, begin, end, best, row, events, num_events):
+def _feed_mapped(packed, track, state, data, begin, end, best, row, events, num_events):
     """Walk one track over data[begin:end]; return (state, best)."""
+    t = unpack_tables(packed)
     for i in range(begin, end):
         entry = np.int64(t.trans[state + t.class_of[track, data[i]]])
         state = entry & STATE_MASK
         if entry & HIT_BIT:
-            best = _record(t, track, state, best, row, events, num_events)
+            best = _record(packed, track, state, best, row, events, num_events)
     return state, best
 
 
 @borrowing
-def _feed_character(t, lo, hi, states, code_point, buffer, best, row, events, num_events):
+def _feed_character(packed, lo, hi, states, code_point, buffer, best, row, events, num_events):
     """Walk every mapped track of [lo, hi) over one character."""
+    t = unpack_tables(packed)
     for track in range(lo, hi):
         mapping = t.track_mapping[track]
         form = t.mapping_form[mapping]
@@ -149,17 +152,18 @@ def _feed_character(t, lo, hi, states, code_point, buffer, best, row, events, nu
             t.map_offsets, t.map_data, buffer,
         )  # fmt: skip
         states[track - lo], best = _feed_mapped(
-            t, track, states[track - lo], buffer, np.int64(0), n, best, row, events, num_events
+            packed, track, states[track - lo], buffer, np.int64(0), n, best, row, events, num_events
         )
     return best
 
 
 @borrowing
-def feed_token(t, lo, hi, states, pending, token, buffer, best, row, events, num_events):
+def feed_token(packed, lo, hi, states, pending, token, buffer, best, row, events, num_events):
     """Walk all tracks [lo, hi) of one slot over one visible token; return (pending, best).
 
     states  int64[hi - lo], in/out. The caller has dealt with hidden special tokens.
     """
+    t = unpack_tables(packed)
     if pending == 0:
         before = np.int64(-1)
         for track in range(lo, hi):
@@ -173,44 +177,63 @@ def feed_token(t, lo, hi, states, pending, token, buffer, best, row, events, num
                 entry = np.int64(t.trans[state + t.class_of[track, t.token_data[i]]])
                 state = entry & STATE_MASK
                 if entry & HIT_BIT:
-                    best = _record(t, track, state, best, row, events, num_events)
+                    best = _record(packed, track, state, best, row, events, num_events)
             states[track - lo] = state
         return np.int64(t.token_pending[token]), best
     begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
     for track in range(lo, hi):
         if t.mapping_form[t.track_mapping[track]] < 0:
             states[track - lo], best = _feed_mapped(
-                t, track, states[track - lo], t.raw_data, begin, end, best, row, events, num_events
+                packed,
+                track,
+                states[track - lo],
+                t.raw_data,
+                begin,
+                end,
+                best,
+                row,
+                events,
+                num_events,
             )
     for i in range(begin, end):
         pending, broken, code_point = utf8_step(pending, np.int64(t.raw_data[i]))
         if broken:
             best = _feed_character(
-                t, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
+                packed, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
             )
         if code_point >= 0:
             best = _feed_character(
-                t, lo, hi, states, code_point, buffer, best, row, events, num_events
+                packed, lo, hi, states, code_point, buffer, best, row, events, num_events
             )
     return pending, best
 
 
 @borrowing
-def feed_end(t, lo, hi, states, pending, buffer, best, row, events, num_events):
+def feed_end(packed, lo, hi, states, pending, buffer, best, row, events, num_events):
     """Tell all tracks that the text ends here: an unfinished character breaks, a word closes."""
+    t = unpack_tables(packed)
     if pending != 0:
         best = _feed_character(
-            t, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
+            packed, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
         )
     for track in range(lo, hi):
         mapping = t.track_mapping[track]
         if t.mapping_form[mapping] >= 0 and t.mapping_wrap[mapping]:
             buffer[0] = BEFORE_NONWORD
             states[track - lo], best = _feed_mapped(
-                t, track, states[track - lo], buffer, np.int64(0), np.int64(1), best, row, events,
+                packed, track, states[track - lo], buffer, np.int64(0), np.int64(1), best, row, events,
                 num_events,
             )  # fmt: skip
     return best
+
+
+@borrowing
+def in_range(slots, tokens, num_slots, num_tokens):
+    """Whether all slots and tokens (int64[num_rows] each) exist: one call, where numpy needs four."""
+    for row in range(slots.shape[0]):  # noqa: SIM110  (numba compiles no generators here)
+        if not (0 <= slots[row] < num_slots and 0 <= tokens[row] < num_tokens):
+            return False
+    return True
 
 
 @borrowing
@@ -263,10 +286,10 @@ def advance_kernel(
             ends = _end_bits(token, slot, row, last, end_tokens, end_bits)
             if (ends & UNSEEN) == 0 and not (hidden[slot] and t.token_special[token]):
                 at, rule = feed_token(
-                    t, lo, hi, states, at, token, buffer, rule, row, events, num_events
+                    packed, lo, hi, states, at, token, buffer, rule, row, events, num_events
                 )
             if ends & LAST:
-                rule = feed_end(t, lo, hi, states, at, buffer, rule, row, events, num_events)
+                rule = feed_end(packed, lo, hi, states, at, buffer, rule, row, events, num_events)
                 at = 0
             pending[slot] = at
         best[row] = rule
@@ -299,8 +322,8 @@ def peek_kernel(
                 and not (hidden[slot] and t.token_special[token])
             ):
                 at, rule = feed_token(
-                    t, lo, hi, scratch, at, token, buffer, rule, row, events, num_events
+                    packed, lo, hi, scratch, at, token, buffer, rule, row, events, num_events
                 )
             if ends & LAST:
-                rule = feed_end(t, lo, hi, scratch, at, buffer, rule, row, events, num_events)
+                rule = feed_end(packed, lo, hi, scratch, at, buffer, rule, row, events, num_events)
         best[row] = rule

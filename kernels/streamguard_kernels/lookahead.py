@@ -239,7 +239,7 @@ def tokens_with_whole_patterns(
 
 @borrowing
 def walk_completes(
-    t, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, no_events, counter
+    packed, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, no_events, counter
 ):
     """Slow and sure: walk `token` from `states` and look at the most severe rule that completes.
 
@@ -250,10 +250,12 @@ def walk_completes(
     best = np.int64(-1)
     if (ends & UNSEEN) == 0:
         pending, best = feed_token(
-            t, lo, hi, scratch, pending, token, buffer, best, np.int64(0), no_events, counter
+            packed, lo, hi, scratch, pending, token, buffer, best, np.int64(0), no_events, counter
         )
     if ends & LAST:
-        best = feed_end(t, lo, hi, scratch, pending, buffer, best, np.int64(0), no_events, counter)
+        best = feed_end(
+            packed, lo, hi, scratch, pending, buffer, best, np.int64(0), no_events, counter
+        )
     return best >= 0 and rule_in_group[best] != 0
 
 
@@ -326,7 +328,7 @@ def mark_forbidden(
         if walks[token]:
             unseen = UNSEEN if hidden and t.token_special[token] else 0
             forbidden[token] = walk_completes(
-                t, lo, hi, states, pending, token, walks[token] | unseen, rule_in_group, scratch,
+                packed, lo, hi, states, pending, token, walks[token] | unseen, rule_in_group, scratch,
                 buffer, no_events, counter,
             )  # fmt: skip
 
