@@ -1,9 +1,10 @@
 """The same text, tokens and literals on every machine: made from word lists and a seed.
 
 The text is plain English prose from sentence patterns. The literals are what block lists hold: names,
-terms, and short phrases around them; a list of n literals is the head of one long list, and some of
-the first ten are planted in the text, so that every size sees hits. A second list, near misses, is
-hard on purpose: most of the text's words begin one of its literals.
+and short phrases around nasty words; a list of n literals is the head of one long list, and some of
+the first ten are planted in the text, so that every size sees hits. Two more lists are hard on purpose:
+NEAR_MISSES, where most of the text's words begin a literal, and SINGLE_WORDS, with forty words of
+which many are one token, to be masked in every row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from streamguard.verdict import VerdictCodes
 
 SEED = 20_240_607
 RULES = 5
+ORDINARY, NEAR_MISSES, SINGLE_WORDS = "ordinary", "near misses", "40 single words"
 #: Sentences without a planted literal for each one with it: one hit in about 300 tokens.
 _PLANTED_EVERY = 25
 
@@ -98,8 +100,8 @@ def sentences(seed: int = SEED) -> Iterator[str]:
 
 
 @lru_cache(maxsize=8)
-def literals(num_literals: int, *, near_misses: bool = False) -> tuple[str, ...]:
-    """The first of one fixed list of distinct names, terms and phrases."""
+def literals(num_literals: int, kind: str = ORDINARY) -> tuple[str, ...]:
+    """The first of one fixed list of distinct names and phrases; of another after the tenth."""
     rng = random.Random(SEED + 1)
 
     def name() -> str:
@@ -107,19 +109,19 @@ def literals(num_literals: int, *, near_misses: bool = False) -> tuple[str, ...]
         return stem.capitalize() + rng.choice(("x", "zine", "tek", "dryl", "quat"))
 
     def ordinary() -> str:
-        kind = rng.randrange(8)
+        choice = rng.randrange(8)
         rare = rng.choice(_RARE)
-        if kind < 3:
+        if choice < 3:
             return name()
-        if kind == 3:
+        if choice == 3:
             return f"{rng.choice(_ADJECTIVES)} {rare}"
-        if kind == 4:
+        if choice == 4:
             return f"{rare} {rng.choice(_NOUNS)}"
-        if kind == 5:
+        if choice == 5:
             return f"{rng.choice(_IMPERATIVES)} {rng.choice(('a', 'some', 'the', 'your'))} {rare}"
-        if kind == 6:
+        if choice == 6:
             return f"{rare} {rng.choice(_RARE)}"
-        return rare if rng.random() < 0.5 else f"{name()} {rare}"
+        return f"{name()} {rare}"
 
     def near_miss() -> str:
         first = rng.choice(rng.choice((_ADJECTIVES, _NOUNS)))
@@ -129,7 +131,12 @@ def literals(num_literals: int, *, near_misses: bool = False) -> tuple[str, ...]
 
     found: dict[str, None] = {}
     while len(found) < num_literals:
-        found.setdefault(near_miss() if near_misses and len(found) >= 10 else ordinary())
+        if len(found) >= 10 and kind == NEAR_MISSES:
+            found.setdefault(near_miss())
+        elif 10 <= len(found) < 50 and kind == SINGLE_WORDS:
+            found.setdefault(_RARE[len(found) - 10])
+        else:
+            found.setdefault(ordinary())
     return tuple(found)
 
 
@@ -139,10 +146,10 @@ def rule_of(literal: int) -> int:
 
 
 def policy_text(
-    num_literals: int, action: str, name: str, *, case: bool = False, near_misses: bool = False
+    num_literals: int, action: str, name: str, *, case: bool = False, kind: str = ORDINARY
 ) -> str:
     """A policy file: RULES rules share the literals out among them; clients may choose it by name."""
-    chosen = literals(num_literals, near_misses=near_misses)
+    chosen = literals(num_literals, kind)
     content = {
         "version": 1,
         "name": name,
@@ -161,11 +168,9 @@ def policy_text(
     return json.dumps(content)  # YAML is a superset of JSON
 
 
-def policy(
-    num_literals: int, action: str, *, case: bool = False, near_misses: bool = False
-) -> Policy:
+def policy(num_literals: int, action: str, *, case: bool = False, kind: str = ORDINARY) -> Policy:
     """The same as an object, named bench."""
-    text = policy_text(num_literals, action, "bench", case=case, near_misses=near_misses)
+    text = policy_text(num_literals, action, "bench", case=case, kind=kind)
     return Policy.from_dict(json.loads(text))
 
 
@@ -198,10 +203,10 @@ class Workload:
         return np.ascontiguousarray(tokens.reshape(batch, num_steps).T)
 
     def guard(
-        self, num_literals: int, action: str, *, case: bool = False, near_misses: bool = False
+        self, num_literals: int, action: str, *, case: bool = False, kind: str = ORDINARY
     ) -> Guard:
         """The compiled policy over this vocabulary."""
-        chosen = policy(num_literals, action, case=case, near_misses=near_misses)
+        chosen = policy(num_literals, action, case=case, kind=kind)
         return Guard(chosen, self.vocabulary)
 
 

@@ -205,7 +205,7 @@ def _failures(metrics: str, answers: list[tuple[Case, Answer, Answer]]) -> list[
             found.append(f"metrics count another number of verdicts than 1 for rule {case.rule}")
     if value(metrics, "streamguard_active") != 1:
         found.append("streamguard_active is not 1")
-    if not value(metrics, "streamguard_verdicts_total", rule="plants"):
+    if not value(metrics, "streamguard_verdicts_total", rule="biology"):
         found.append("metrics show no match of the observe rule")
     return found
 
