@@ -47,7 +47,7 @@ def main() -> int:
     chosen = {name: benches[name] for name in benches if name in (options.names or benches)}
 
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    console = Console(width=max(132, Console().width))
+    console = Console(width=max(150, Console().width))
     started = time.monotonic()
     results = report.Results()
     columns = (
