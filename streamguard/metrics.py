@@ -58,7 +58,8 @@ def expose() -> None:
 
     Called before children start, so that they inherit the folder's name. Idempotent.
     """
-    if os.environ.get(_SHARED) or os.environ.get(_FOLDER):
+    inherited = Path(os.environ.get(_FOLDER, "")).name  # perhaps of a server that started this one
+    if os.environ.get(_SHARED) or inherited.startswith(f"{_PREFIX}{os.getpid()}-"):
         return
     _remove_leftovers()
     folder = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")

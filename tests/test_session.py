@@ -292,6 +292,7 @@ def test_long_prompt_gives_the_state_of_feeding_all_of_it(seed: int) -> None:
         prompt += spell(rng.choice(["中文", "😀", KELVIN, "bomb"]) * rng.randint(1, 25))
         if rng.random() < 0.5:
             prompt += [rng.choice([START, TOKENS[b"\xc3"], TOKENS[b"\xf0\x9f"]])] * 100
+        prompt += spell("q")  # no word rule matches at the prompt's very end
         for slot, hidden in ((0, True), (1, True), (2, False), (3, False)):
             one.reset(slot, prompt if slot % 2 else (), hide_special_tokens=hidden)
         for slot in (0, 2):

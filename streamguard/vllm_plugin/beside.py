@@ -20,8 +20,9 @@ _offset = 0
 
 def prepare() -> None:
     """Choose the file, before children start. Idempotent."""
-    if not os.environ.get(_FILE):
-        handle, path = tempfile.mkstemp(prefix=f"streamguard-verdicts-{os.getpid()}-")
+    prefix = f"streamguard-verdicts-{os.getpid()}-"
+    if not Path(os.environ.get(_FILE, "")).name.startswith(prefix):
+        handle, path = tempfile.mkstemp(prefix=prefix)
         os.close(handle)
         os.environ[_FILE] = path
 
