@@ -122,7 +122,7 @@ def prepare(num_literals: int, batch: int, kind: str) -> Case:
     free = work.guard(10, "halt").session(batch)
     for slot in range(batch):
         free.reset(slot)
-    if masked == 0 and num_literals >= 1_000:
+    if masked == 0 and num_literals >= 1_000 and batch > 1:
         raise AssertionError("no token is masked in any row: nothing is measured")
     contestants = {
         KERNEL: Contestant(lambda k: calls[k % SNAPSHOTS]()),

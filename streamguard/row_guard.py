@@ -7,10 +7,10 @@ engine drive it; the device kernels must agree with it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, OBSERVE
@@ -26,14 +26,6 @@ class Fired:
     rule: int
 
 
-@dataclass
-class _Slot:
-    policy: int
-    limit: int
-    progress: Progress = field(default_factory=Progress)
-    committed: int = 0
-
-
 class RowGuard:
     """Guards up to `num_slots` texts inside a sampler's step.
 
@@ -45,8 +37,14 @@ class RowGuard:
         self.program = program
         self.codes = codes
         self.session = Session(program, num_slots)
-        self._slots: dict[int, _Slot] = {}
-        self._group = [r.group for r in program.rules]
+        self._policy = np.zeros(num_slots, np.int64)
+        self._limit = np.zeros(num_slots, np.int64)
+        self._committed = np.zeros(num_slots, np.int64)
+        self._progress = [Progress() for _ in range(num_slots)]
+        self._running = np.zeros(num_slots, bool)  # progress.rule is not None
+        self._spare = np.zeros(len(program.vocabulary), bool)
+        self._spare[list(codes.spare)] = True
+        self._group = np.array([r.group for r in program.rules])
 
     def admit(
         self,
@@ -68,7 +66,9 @@ class RowGuard:
             end_token_ids=end_token_ids,
             show_end_token=show_end_token,
         )
-        self._slots[slot] = _Slot(self.program.policies.index(policy), max_tokens)
+        self._policy[slot] = self.program.policies.index(policy)
+        self._limit[slot], self._committed[slot] = max_tokens, 0
+        self._progress[slot], self._running[slot] = Progress(), False
 
     def warm_up(self) -> None:
         """Compile every kernel now (some ten seconds once per machine), not at the first request."""
@@ -76,7 +76,7 @@ class RowGuard:
             self.admit(0, (0,), policy=policy, max_tokens=2, end_token_ids=(0,))
             self.commit([0], [0])
             self.decide([0], np.zeros(1, np.int64))
-            if self.session.needs_mask(0):
+            if self.session.needs_mask([0]).any():
                 for last in (False, True):
                     self.session.forbidden(0, last=last)
                 logits = np.zeros((1, len(self.program.vocabulary)), np.float32)
@@ -85,20 +85,20 @@ class RowGuard:
 
     def release(self, slot: int) -> None:
         """Forget a slot."""
-        self._slots.pop(slot, None)
+        self._running[slot] = False
         self.session.release(slot)
 
     def committed(self, slot: int) -> int:
         """How many tokens of the slot's text were committed so far."""
-        return self._slots[slot].committed
+        return int(self._committed[slot])
 
     def running_verdict(self, slot: int) -> int | None:
         """Global index of the rule whose script runs in the slot, if any."""
-        return self._slots[slot].progress.rule
+        return self._progress[slot].rule if self._running[slot] else None
 
     def policy_name(self, slot: int) -> str:
         """Name of the policy that the slot is under."""
-        return self.program.policies[self._slots[slot].policy]
+        return self.program.policies[self._policy[slot]]
 
     def let_pass(self, slot: int) -> None:
         """Stop matching in a slot: its rows never hit again."""
@@ -106,34 +106,36 @@ class RowGuard:
 
     def resume_verdict(self, slot: int, rule: int, step: int) -> None:
         """Put a script in place that the committed tokens do not show (verdicts kept beside)."""
-        self._slots[slot].progress.rule, self._slots[slot].progress.step = rule, step
+        self._progress[slot].rule, self._progress[slot].step = rule, step
+        self._running[slot] = True
 
-    def commit(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+    def commit(self, slots: ArrayLike, tokens: ArrayLike) -> None:
         """Take in tokens that the engine committed; several of one slot in their order."""
-        feed_slots, feed_tokens = [], []
-        for slot, token in zip(slots, tokens, strict=True):
-            state = self._slots[slot]
-            state.committed += 1
-            if not state.progress.commit(self.codes, state.policy, token):
-                feed_slots.append(slot)
-                feed_tokens.append(token)
-        if feed_slots:
-            self.session.advance(feed_slots, feed_tokens)
+        fed, text = np.asarray(slots, np.int64), np.asarray(tokens, np.int64)
+        np.add.at(self._committed, fed, 1)
+        if self._running[fed].any() or self._spare[text].any():
+            pairs = zip(fed.tolist(), text.tolist(), strict=True)
+            ordinary = np.array([not self._commit_script(*pair) for pair in pairs])
+            fed, text = fed[ordinary], text[ordinary]
+        self.session.advance(fed, text)
 
-    def mask(self, logits: NDArray[np.float32], rows: Sequence[int], slots: Sequence[int]) -> None:
+    def _commit_script(self, slot: int, token: int) -> bool:
+        progress = self._progress[slot]
+        belongs = progress.commit(self.codes, int(self._policy[slot]), token)
+        self._running[slot] = progress.rule is not None
+        return belongs
+
+    def mask(self, logits: NDArray[np.float32], rows: ArrayLike, slots: ArrayLike) -> None:
         """Make tokens that would complete a mask rule impossible; in place."""
-        wanted = [
-            (row, slot)
-            for row, slot in zip(rows, slots, strict=True)
-            if self.session.needs_mask(slot) and self._slots[slot].progress.rule is None
-        ]
-        if wanted:
-            edit_rows, edit_slots = zip(*wanted, strict=True)
-            self.session.apply_mask(logits, edit_rows, edit_slots, self._last(edit_slots))
+        edited, mine = np.asarray(rows, np.int64), np.asarray(slots, np.int64)
+        running = self._running[mine]
+        if running.any():
+            edited, mine = edited[~running], mine[~running]
+        self.session.apply_mask(logits, edited, mine, self._last(mine))
 
     def decide(
         self,
-        slots: Sequence[int],
+        slots: ArrayLike,
         sampled: NDArray[np.int64],
         impossible: NDArray[np.bool_] | None = None,
     ) -> list[Fired]:
@@ -144,38 +146,29 @@ class RowGuard:
         Returns every rule that a sampled token completes, observe rules included; a script that
         merely goes on fires nothing.
         """
-        fired: list[Fired] = []
-        rows = []
-        for row, slot in enumerate(slots):
-            progress = self._slots[slot].progress
-            if progress.rule is not None:
-                sampled[row] = progress.forced(self.codes)
-            else:
-                rows.append(row)
-                if int(sampled[row]) in self.codes.spare:
-                    # The model itself chose a reserved id: to the reader that is no verdict.
-                    sampled[row] = self.codes.eos_id
-        if not rows:
-            return fired
-        live = [slots[row] for row in rows]
+        mine = np.asarray(slots, np.int64)
+        # The model itself chose a reserved id: to the reader that is no verdict.
+        sampled[self._spare[sampled]] = self.codes.eos_id
+        running = self._running[mine]
+        for row in np.flatnonzero(running):
+            sampled[row] = self._progress[mine[row]].forced(self.codes)
+        rows = np.flatnonzero(~running)
+        live = mine[rows]
         hits = self.session.peek(live, sampled[rows], self._last(live))
         events: dict[int, list[int]] = {}
         if hits.any():
             for at, rule in self.session.events():
-                events.setdefault(rows[at], []).append(rule)
-        for row, slot in zip(rows, live, strict=True):
-            rules = [r for r in events.get(row, ()) if self._group[r] != OBSERVE]
-            if not rules and impossible is not None and impossible[row]:
-                rules = [self._mask_rule(slot)]
-            if not rules:
-                fired += [Fired(row, r) for r in sorted(events.get(row, ()))]
-                continue
-            rule = min(rules, key=lambda r: self.program.rules[r].rank)
-            progress = self._slots[slot].progress
-            progress.remembered = rule
-            sampled[row] = self.codes.scripts[rule][0]
-            fired += [Fired(row, r) for r in sorted({*events.get(row, ()), rule})]
-        return fired
+                events.setdefault(int(rows[at]), []).append(rule)
+        for row in () if impossible is None else rows[impossible[rows]].tolist():
+            if all(self._group[rule] == OBSERVE for rule in events.get(row, ())):
+                events.setdefault(row, []).append(self._mask_rule(mine[row]))
+        for row, rules in events.items():
+            stops = [rule for rule in rules if self._group[rule] != OBSERVE]
+            if stops:
+                rule = min(stops, key=lambda r: self.program.rules[r].rank)
+                self._progress[mine[row]].remembered = rule
+                sampled[row] = self.codes.scripts[rule][0]
+        return [Fired(row, rule) for row in sorted(events) for rule in sorted(set(events[row]))]
 
     def completes(self, slot: int, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of `tokens` would complete a mask, halt or redirect rule in the slot's text."""
@@ -186,10 +179,9 @@ class RowGuard:
                 blocks[row] |= self._group[rule] != OBSERVE
         return blocks
 
-    def _last(self, slots: Sequence[int]) -> list[bool]:
-        states = (self._slots[slot] for slot in slots)
-        return [state.committed + 1 >= state.limit for state in states]
+    def _last(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return self._committed[slots] + 1 >= self._limit[slots]
 
     def _mask_rule(self, slot: int) -> int:
-        rules = self.codes.policy_rules[self._slots[slot].policy]
+        rules = self.codes.policy_rules[self._policy[slot]]
         return next((r for r in rules if self._group[r] == MASK), rules[0])

@@ -14,19 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
-from streamguard_kernels.advance import (
-    LAST,
-    UNSEEN,
-    advance_kernel,
-    in_range,
-    pack_tables,
-    peek_kernel,
-)
+from streamguard_kernels.advance import LAST, UNSEEN, Slots, pack_slots, pack_tables, walk_kernel
 from streamguard_kernels.lookahead import apply_ranges, mark_forbidden, pack_ranges
 from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
 
 _EVENTS = 4096
-_NO_EVENTS = np.zeros((0, 2), np.int64)
 _NEVER_LAST = np.zeros(0, np.uint8)
 
 
@@ -45,17 +37,20 @@ class Session:
         self._tables = program.tables
         self._packed = pack_tables(program.tables)
         self._packed_ranges: dict[int, NDArray[np.int64]] = {}
-        self._state = np.zeros((num_slots, program.max_tracks), np.int64)
-        self._pending = np.zeros(num_slots, np.int64)
-        self._policy = np.full(num_slots, -1, np.int64)
-        self._hidden = np.ones(num_slots, np.uint8)
-        self._end_tokens = np.full((num_slots, 8), -1, np.int64)
-        self._end_bits = np.full(num_slots, UNSEEN | LAST, np.uint8)
-        self._special_ends = np.ones(num_slots, bool)  # no ordinary token ends the text
-        self._events = np.zeros((_EVENTS, 2), np.int64)
-        self._num_events = np.zeros(1, np.int64)
-        self._buffer = np.zeros(MAX_MAPPED_BYTES, np.uint8)
-        self._scratch = np.zeros(program.max_tracks, np.int64)
+        self._slots = Slots(
+            policy=np.full(num_slots, -1, np.int64),
+            plain=np.zeros(num_slots, np.uint8),
+            hidden=np.ones(num_slots, np.uint8),
+            end_tokens=np.full((num_slots, 8), -1, np.int64),
+            end_bits=np.full(num_slots, UNSEEN | LAST, np.uint8),
+            state=np.zeros((num_slots, program.max_tracks), np.int64),
+            pending=np.zeros(num_slots, np.int64),
+            events=np.zeros((_EVENTS, 2), np.int64),
+            num_events=np.zeros(1, np.int64),
+            buffer=np.zeros(MAX_MAPPED_BYTES, np.uint8),
+            scratch=np.zeros(program.max_tracks, np.int64),
+        )
+        self._packed_slots = pack_slots(self._slots)
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
         # Per policy: rows may take `apply_ranges` when nothing but ordinary tokens can matter.
@@ -104,60 +99,55 @@ class Session:
         prompt = np.asarray(prompt_token_ids, np.int64)
         self._check_tokens(end_tokens)
         self._check_tokens(prompt)
-        self._policy[slot] = p
-        self._hidden[slot] = hide_special_tokens
-        missing = len(end_tokens) - self._end_tokens.shape[1]
+        missing = len(end_tokens) - self._slots.end_tokens.shape[1]
         if missing > 0:
-            self._end_tokens = np.pad(self._end_tokens, ((0, 0), (0, missing)), constant_values=-1)
-        self._end_tokens[slot] = -1
-        self._end_tokens[slot, : len(end_tokens)] = end_tokens
-        self._end_bits[slot] = LAST if show_end_token else UNSEEN | LAST
-        self._special_ends[slot] = t.token_special[end_tokens].all()
-        self._pending[slot] = 0
+            more = ((0, 0), (0, missing))
+            self._replace(end_tokens=np.pad(self._slots.end_tokens, more, constant_values=-1))
+        mine = self._slots
+        mine.policy[slot], mine.plain[slot] = p, 0
+        mine.hidden[slot] = hide_special_tokens
+        mine.end_bits[slot] = LAST if show_end_token else UNSEEN | LAST
+        mine.pending[slot] = 0
         lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
-        self._state[slot, : hi - lo] = t.track_start[lo:hi]
+        mine.state[slot, : hi - lo] = t.track_start[lo:hi]
+        mine.end_tokens[slot] = -1  # what ends the text does not end its prompt
         tail = self._tail(prompt, hide_special_tokens)
         if len(tail):
             if len(tail) < len(prompt):
                 # In the middle of a text nothing is known of the character before the tail.
-                self._state[slot, : hi - lo] = t.track_base[lo:hi]
-            self._end_tokens[slot] = -1  # what ends the text does not end its prompt
-            self._walk(np.full(len(tail), slot), tail, _NO_EVENTS)
-            self._end_tokens[slot, : len(end_tokens)] = end_tokens
+                mine.state[slot, : hi - lo] = t.track_base[lo:hi]
+            self._walk(np.full(len(tail), slot), tail, _NEVER_LAST, commit=True)
             own = t.track_twin[lo:hi].astype(bool)
             # A word that the prompt itself holds whole lacks only the boundary that any text after it
             # would give: such a track forgets the prompt, or no text could follow.
-            states = self._state[slot, : hi - lo]
+            states = mine.state[slot, : hi - lo]
             own |= (t.trans[states + t.class_of[lo:hi, BEFORE_NONWORD]] >> 31).astype(bool)
             states[own] = t.track_start[lo:hi][own]
-        self._num_events[0] = 0  # what the prompt holds is no event
+        mine.end_tokens[slot, : len(end_tokens)] = end_tokens
+        mine.plain[slot] = t.token_special[end_tokens].all()
+        mine.num_events[0] = 0  # what the prompt holds is no event
 
     def snapshot(self, slot: int) -> tuple[NDArray[np.int64], int]:
         """Copy of a slot's track states (int64[max_tracks]) and its unfinished character."""
-        return self._state[slot].copy(), int(self._pending[slot])
+        return self._slots.state[slot].copy(), int(self._slots.pending[slot])
 
     def end_bits(self, slot: int) -> int:
         """What a token that ends the slot's text does: `advance.UNSEEN`, `advance.LAST`."""
-        return int(self._end_bits[slot])
+        return int(self._slots.end_bits[slot])
 
     def release(self, slot: int) -> None:
         """Leave a slot unguarded until its next `reset`: its rows never hit."""
-        self._policy[slot] = -1
+        self._slots.policy[slot], self._slots.plain[slot] = -1, 0
 
     def advance(self, slots: ArrayLike, token_ids: ArrayLike) -> NDArray[np.int64]:
         """Commit one token per row; several rows may feed the same slot, in order.
 
         slots, token_ids  int[num_rows]. Returns int64[num_rows]: index + 1 of the most severe rule
-        that the token completed, 0 = none. Cost: about 40 ns a row at batch 256.
+        that the token completed, 0 = none. Cost: about 30 ns a row at batch 256.
         Raises ShapeError for ids out of range or lengths that differ; nothing is committed then.
         """
-        rows, tokens = self._checked(slots, token_ids)
-        state, pending = self._state.copy(), self._pending.copy()
-        best = self._walk(rows, tokens, self._events)
-        if self._missed_events():
-            self._state[:], self._pending[:] = state, pending
-            best = self._walk(rows, tokens, self._events)
-        return best + 1
+        rows, tokens = self._arrays(slots, token_ids)
+        return self._walk(rows, tokens, _NEVER_LAST, commit=True)
 
     def peek(
         self, slots: ArrayLike, token_ids: ArrayLike, last: ArrayLike | None = None
@@ -166,15 +156,17 @@ class Session:
 
         last  bool[num_rows]: the text is over after this token, whatever it is (a length limit).
         """
-        rows, tokens = self._checked(slots, token_ids)
+        rows, tokens = self._arrays(slots, token_ids)
+        if len(tokens) and tokens.min() < 0:
+            self._check_tokens(tokens)
         ends = _NEVER_LAST if last is None else np.ascontiguousarray(last, np.uint8)
         if len(ends) not in (0, len(rows)):
             raise ShapeError(f"last has {len(ends)} entries for {len(rows)} rows; give one a row.")
-        return self._peek(rows, tokens, ends)
+        return self._walk(rows, tokens, ends, commit=False)
 
     def is_unfinished(self, slot: int) -> bool:
         """Whether the slot's text ends inside a character."""
-        return bool(self._pending[slot])
+        return bool(self._slots.pending[slot])
 
     def would_close(self, slots: ArrayLike) -> NDArray[np.bool_]:
         """Whether the text of each slot, if it ended here, would show a match.
@@ -183,8 +175,8 @@ class Session:
         boundary behind it: what was written last must not be shown before more is known.
         """
         rows = np.ascontiguousarray(slots, np.int64)
-        self._check_slots(rows)
-        self._peek(rows, np.full(len(rows), -1, np.int64), np.ones(len(rows), np.uint8))
+        nothing, last = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.uint8)
+        self._walk(rows, nothing, last, commit=False)
         closes = np.zeros(len(rows), bool)
         for row, rule in self.events():
             closes[row] |= bool(self._mask_rules[rule] or self._stop_rules[rule])
@@ -192,7 +184,7 @@ class Session:
 
     def events(self) -> list[tuple[int, int]]:
         """(row, rule index) of every rule that completed in the last `advance` or `peek`."""
-        seen = self._events[: self._num_events[0]].tolist()
+        seen = self._slots.events[: self._slots.num_events[0]].tolist()
         return sorted({(row, rule) for row, rule in seen})
 
     def forbidden(self, slot: int, *, last: bool = False) -> NDArray[np.int64]:
@@ -204,23 +196,20 @@ class Session:
         """
         self._check_slots(np.array([slot]))
         forbidden = np.zeros(len(self.program.vocabulary), np.uint8)
-        if self._policy[slot] >= 0:
+        if self._slots.policy[slot] >= 0:
             self._mark(slot, MASK, forbidden, last)
             stop = np.zeros_like(forbidden)
             self._mark(slot, STOP, stop, last)
             forbidden |= stop
         return np.flatnonzero(forbidden).astype(np.int64)
 
-    def needs_mask(self, slot: int) -> bool:
-        """Whether the slot's policy has mask rules."""
-        return self._policy[slot] >= 0 and bool(self._masks[self._policy[slot]])
+    def needs_mask(self, slots: ArrayLike) -> NDArray[np.bool_]:
+        """Whether the policy of each slot has mask rules: bool[num_rows]."""
+        policy = self._slots.policy[np.asarray(slots, np.int64)]
+        return (policy >= 0) & self._masks[policy]
 
     def apply_mask(
-        self,
-        logits: NDArray[np.float32],
-        rows: Sequence[int],
-        slots: Sequence[int],
-        last: Sequence[bool],
+        self, logits: NDArray[np.float32], rows: ArrayLike, slots: ArrayLike, last: ArrayLike
     ) -> None:
         """Write -inf to tokens that would complete a mask rule and nothing more severe, in place.
 
@@ -229,21 +218,22 @@ class Session:
         to halt as often as the unguarded model would have chosen it.
         """
         row_ids, slot_ids = np.asarray(rows, np.int64), np.asarray(slots, np.int64)
-        is_last = np.asarray(last, bool)
-        masks = (self._policy[slot_ids] >= 0) & self._masks[self._policy[slot_ids]]
-        row_ids, slot_ids, is_last = row_ids[masks], slot_ids[masks], is_last[masks]
+        is_last, mine = np.asarray(last, bool), self._slots
+        masks = self.needs_mask(slot_ids)
+        if not masks.all():
+            row_ids, slot_ids, is_last = row_ids[masks], slot_ids[masks], is_last[masks]
         if not len(row_ids):
             return
         simple = (
-            self._simple_mask[self._policy[slot_ids]]
-            & self._special_ends[slot_ids]
-            & (self._pending[slot_ids] == 0)
-            & (self._hidden[slot_ids] == 1)
+            self._simple_mask[mine.policy[slot_ids]]
+            & (mine.plain[slot_ids] == 1)
+            & (mine.pending[slot_ids] == 0)
+            & (mine.hidden[slot_ids] == 1)
         )
-        apply_ranges(
-            self._packed, self._ranges(MASK), row_ids[simple], slot_ids[simple],
-            self._policy, self._state, logits,
-        )  # fmt: skip
+        if simple.all():
+            self._apply_ranges(row_ids, slot_ids, logits)
+            return
+        self._apply_ranges(row_ids[simple], slot_ids[simple], logits)
         for row, slot, ends in zip(
             row_ids[~simple], slot_ids[~simple], is_last[~simple], strict=True
         ):
@@ -254,18 +244,20 @@ class Session:
             forbidden[stop != 0] = 0
             logits[row, : len(forbidden)][forbidden != 0] = -np.inf
 
+    def _apply_ranges(
+        self, rows: NDArray[np.int64], slots: NDArray[np.int64], logits: NDArray[np.float32]
+    ) -> None:
+        ranges = self._ranges(MASK)
+        apply_ranges(self._packed, self._packed_slots, ranges, rows, slots, logits)
+
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
-        p = int(self._policy[slot])
-        if not (self._masks if group == MASK else self._stops)[p]:
-            return
-        ends = self._end_tokens[slot]
-        ends = ends[ends >= 0]
-        mark_forbidden(
-            self._packed, self._ranges(group), p, self._state[slot], self._pending[slot],
-            self._hidden[slot], ends, self._end_bits[slot], int(last),
-            self._mask_rules if group == MASK else self._stop_rules, self._buffer, self._scratch,
-            _NO_EVENTS, self._num_events, np.zeros_like(forbidden), forbidden,
-        )  # fmt: skip
+        p = int(self._slots.policy[slot])
+        if (self._masks if group == MASK else self._stops)[p]:
+            mark_forbidden(
+                self._packed, self._packed_slots, self._ranges(group), int(slot), int(last),
+                self._mask_rules if group == MASK else self._stop_rules,
+                np.zeros_like(forbidden), forbidden,
+            )  # fmt: skip
 
     def _ranges(self, group: int) -> NDArray[np.int64]:
         if group not in self._packed_ranges:
@@ -274,38 +266,31 @@ class Session:
             self._packed_ranges[group] = pack_ranges(ranges)
         return self._packed_ranges[group]
 
-    def _missed_events(self) -> bool:
-        """Whether there were more events than room; there is room for them then."""
-        if self._num_events[0] <= len(self._events):
-            return False
-        self._events = np.zeros((2 * int(self._num_events[0]), 2), np.int64)
-        return True
-
-    def _peek(
-        self, rows: NDArray[np.int64], tokens: NDArray[np.int64], ends: NDArray[np.uint8]
-    ) -> NDArray[np.int64]:
-        best = np.empty(len(rows), np.int64)
-        while True:
-            self._num_events[0] = 0
-            peek_kernel(
-                self._packed, rows, tokens, ends, self._policy, self._hidden, self._end_tokens,
-                self._end_bits, self._state, self._pending, best, self._events, self._num_events,
-                self._buffer, self._scratch,
-            )  # fmt: skip
-            if not self._missed_events():
-                return best + 1
-
     def _walk(
-        self, slots: NDArray[np.int64], tokens: NDArray[np.int64], events: NDArray[np.int64]
+        self,
+        slots: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        last: NDArray[np.uint8],
+        *,
+        commit: bool,
     ) -> NDArray[np.int64]:
         best = np.empty(len(slots), np.int64)
-        self._num_events[0] = 0
-        advance_kernel(
-            self._packed, slots, tokens, _NEVER_LAST, self._policy, self._hidden,
-            self._end_tokens, self._end_bits, self._state, self._pending, best, events,
-            self._num_events, self._buffer, self._scratch,
-        )  # fmt: skip
-        return best
+        done = 0
+        while True:
+            done = walk_kernel(
+                self._packed, self._packed_slots, slots, tokens, last, int(commit), done, best
+            )
+            if done == len(slots):
+                return best
+            if done < 0:
+                self._check_slots(slots)
+                self._check_tokens(tokens)
+            self._replace(events=np.resize(self._slots.events, (2 * len(self._slots.events), 2)))
+
+    def _replace(self, **arrays: NDArray[np.int64]) -> None:
+        """Put larger arrays in place of some of the slots' own."""
+        self._slots = self._slots._replace(**arrays)
+        self._packed_slots = pack_slots(self._slots)
 
     def _tail(self, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
         """The last tokens of the prompt that can still matter: they hold as much as a pattern."""
@@ -317,7 +302,7 @@ class Session:
         enough = 4 * (self.program.max_depth + 8)
         return prompt[-1 - int(np.searchsorted(np.cumsum(num_bytes[::-1]), enough)) :]
 
-    def _checked(
+    def _arrays(
         self, slots: ArrayLike, token_ids: ArrayLike
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         rows = np.ascontiguousarray(slots, np.int64)
@@ -327,9 +312,6 @@ class Session:
                 f"slots has shape {rows.shape}, token_ids {tokens.shape}; both need one dimension "
                 f"and the same length."
             )
-        if not in_range(rows, tokens, self.num_slots, len(self.program.vocabulary)):
-            self._check_slots(rows)
-            self._check_tokens(tokens)
         return rows, tokens
 
     def _check_slots(self, slots: NDArray[np.int64]) -> None:

@@ -206,13 +206,13 @@ class Engine:
             **request.options,
         )
         session = self.host.session
-        s.policy[slot] = int(session._policy[slot])
-        s.hidden[slot] = int(session._hidden[slot])
-        s.state[slot] = torch.from_numpy(session._state[slot].copy())
-        s.pending[slot] = int(session._pending[slot])
-        ends = session._end_tokens[slot]
+        s.policy[slot] = int(session._slots.policy[slot])
+        s.hidden[slot] = int(session._slots.hidden[slot])
+        s.state[slot] = torch.from_numpy(session._slots.state[slot].copy())
+        s.pending[slot] = int(session._slots.pending[slot])
+        ends = session._slots.end_tokens[slot]
         s.end_tokens[slot, : len(ends)] = torch.from_numpy(ends.astype(np.int32))
-        s.end_bits[slot] = int(session._end_bits[slot])
+        s.end_bits[slot] = int(session._slots.end_bits[slot])
 
     def step(self) -> None:
         rng = self.rng
@@ -289,15 +289,15 @@ class Engine:
         p = self.program.policies.index(request.policy)
         width = int(np.diff(self.program.tables.policy_tracks)[p])
         where = f"slot {slot}, {request}"
-        assert s.state[slot, :width].tolist() == session._state[slot, :width].tolist(), where
-        assert int(s.pending[slot]) == int(session._pending[slot]), where
+        assert s.state[slot, :width].tolist() == session._slots.state[slot, :width].tolist(), where
+        assert int(s.pending[slot]) == int(session._slots.pending[slot]), where
         assert int(s.seen[slot]) == len(request.tokens), where
-        progress = self.host._slots[slot].progress
+        progress = self.host._progress[slot]
         assert int(s.verdict_rule[slot]) == (-1 if progress.rule is None else progress.rule), where
         if progress.rule is not None:
             self.seen["said"] += 1
             assert int(s.verdict_step[slot]) == progress.step, where
-        self.seen["unfinished"] += int(session._pending[slot]) != 0
+        self.seen["unfinished"] += int(session._slots.pending[slot]) != 0
 
     def check_mask(self, rows: list[int], wanted: np.ndarray, got: np.ndarray) -> None:
         self.seen["masked"] += int(np.isinf(wanted).sum())
@@ -332,7 +332,7 @@ class Engine:
             if running[at]:
                 continue
             token = EOS if int(chosen[row]) in self.codes.spare else int(chosen[row])
-            self.host.session.peek([slot], [token], self.host._last([slot]))
+            self.host.session.peek([slot], [token], self.host._last(np.array([slot])))
             rules |= {(at, r) for _, r in self.host.session.events()}
         for at, r in rules:
             if not discarded[rows[at]]:
@@ -341,7 +341,7 @@ class Engine:
         self.seen["verdicts"] += len({f.row for f in fired})
         assert self.slots.counts.tolist() == self.counts.tolist()
         for slot in slots:
-            remembered = self.host._slots[slot].progress.remembered
+            remembered = self.host._progress[slot].remembered
             assert int(self.slots.pending_rule[slot]) == remembered
 
 
@@ -371,7 +371,7 @@ def test_mask_equals_a_walk_of_every_token(
         for slot in range(NUM_SLOTS):
             expected = np.zeros(NUM_TOKENS, bool)
             if engine.requests[slot].policy is not None:
-                last = engine.host._last([slot]) * NUM_TOKENS
+                last = np.repeat(engine.host._last(np.array([slot])), NUM_TOKENS)
                 best = engine.host.session.peek([slot] * NUM_TOKENS, every, last) - 1
                 expected = (best >= 0) & (groups[best] == MASK)
             assert np.isinf(logits[slot].numpy()).tolist() == expected.tolist()

@@ -142,7 +142,7 @@ def test_a_caller_that_avoids_forbidden_tokens_never_gets_a_hit(seed: int) -> No
             hits = {session.program.rules[index].rule.action for _, index in session.events()}
             assert not hits & set(BLOCKING)
             session.advance([0], [token])
-            if token in session._end_tokens[0]:
+            if token in session._slots.end_tokens[0]:
                 break
     assert num_avoided > 50
 

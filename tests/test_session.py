@@ -301,11 +301,15 @@ def test_long_prompt_gives_the_state_of_feeding_all_of_it(seed: int) -> None:
         twins = one.program.tables.track_twin[: one.program.max_tracks].astype(bool)
         for fed, seeded in ((0, 1), (2, 3)):
             # The output's own reading starts anew: leave it out of the comparison.
-            assert one._state[fed][~twins].tolist() == one._state[seeded][~twins].tolist()
-            assert one._pending[fed] == one._pending[seeded]
+            assert (
+                one._slots.state[fed][~twins].tolist() == one._slots.state[seeded][~twins].tolist()
+            )
+            assert one._slots.pending[fed] == one._slots.pending[seeded]
             fill(one, fed, output)
             fill(one, seeded, output)
-            assert one._state[fed][~twins].tolist() == one._state[seeded][~twins].tolist()
+            assert (
+                one._slots.state[fed][~twins].tolist() == one._slots.state[seeded][~twins].tolist()
+            )
 
 
 def test_long_prompt_of_characters_in_many_tokens_keeps_its_whole_tail() -> None:
@@ -355,11 +359,11 @@ def test_peek_commits_nothing(seed: int) -> None:
     one = session(*MIXED)
     one.reset(0)
     for token in random_tokens(rng, 60):
-        before = one._state.copy(), one._pending.copy()
+        before = one._slots.state.copy(), one._slots.pending.copy()
         others = rng.choices(range(len(VOCABULARY)), k=20)
         one.peek([0] * 20, others, last=[rng.random() < 0.5 for _ in others])
-        assert np.array_equal(before[0], one._state)
-        assert np.array_equal(before[1], one._pending)
+        assert np.array_equal(before[0], one._slots.state)
+        assert np.array_equal(before[1], one._slots.pending)
         one.advance([0], [token])
 
 
@@ -429,10 +433,13 @@ def test_a_bad_call_says_what_is_wrong_and_changes_nothing(name: str) -> None:
     call, message = BAD_CALLS[name]
     one = session(*MIXED)
     one.reset(0, tokens_of("bo"), end_token_ids=[EOS])
-    before = [x.copy() for x in (one._state, one._pending, one._policy, one._hidden)]
+    before = [
+        x.copy()
+        for x in (one._slots.state, one._slots.pending, one._slots.policy, one._slots.hidden)
+    ]
     with pytest.raises(ShapeError, match=message):
         call(one)
-    after = (one._state, one._pending, one._policy, one._hidden)
+    after = (one._slots.state, one._slots.pending, one._slots.policy, one._slots.hidden)
     assert all(map(np.array_equal, before, after))
     assert one.advance([0], tokens_of("mb")).tolist() == [1]
 

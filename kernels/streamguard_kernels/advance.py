@@ -1,4 +1,4 @@
-"""Walk slots over tokens: commit them (`advance`), try them (`peek`), or try the whole vocabulary.
+"""Walk slots over tokens, to commit them or only to see what they would complete.
 
 All tables of all policies sit in one `Tables` tuple of flat arrays, so that one call serves a batch
 whose rows follow different policies. A *track* is one automaton over one *mapping* of the text
@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streamguard_kernels.packing import borrowing, pack, unpacker
+from streamguard_kernels.compiled import borrowing, compiled
+from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
     REPLACEMENT,
@@ -27,7 +28,7 @@ UNSEEN, LAST = 1, 2
 
 
 class Tables(NamedTuple):
-    """Everything the kernels read; frozen after compilation.
+    """Everything the kernels read; frozen after compilation. Packed, it holds flat arrays only.
 
     trans            uint32[num_entries]        next row start | bit 31 = the move completes a match
     class_of         uint8[num_tracks, 256]     byte class
@@ -47,8 +48,12 @@ class Tables(NamedTuple):
     pattern_rule     int32[num_patterns]        global rule index
     pattern_length   int32[num_patterns]        mapped bytes without the leading mark of a word
     rule_rank        int32[num_rules]           lower = more severe
-    token_offsets    int64[num_mappings, num_tokens + 1]   into `token_data`
+    token_offsets    int32[num_mappings, num_tokens + 1]   into `token_data`
     token_data       uint8[num_bytes]           mapped bytes of each token, mapping after mapping
+    token_end        uint32[num_tracks, num_tokens]   state behind the token, read from the root;
+                                                bit 31 = look closer: it completes a match, is
+                                                special or empty, or ends inside a character
+    token_class      uint8[num_tracks, num_tokens]    class of the token's first mapped byte
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -56,7 +61,7 @@ class Tables(NamedTuple):
     mapping_form     int64[num_mappings]        -1 = raw bytes, else a page of `page_of`
     mapping_wrap     int64[num_mappings]        1 = marks around non-word characters
     page_of          int32[num_forms, 0x1100]   see `utf8.map_character`
-    entries          int32[num_pages, 256]
+    entries          int32[num_pages * 256]
     map_offsets      int64[num_strings + 1]
     map_data         uint8[num_map_bytes]
     """
@@ -80,6 +85,8 @@ class Tables(NamedTuple):
     rule_rank: np.ndarray
     token_offsets: np.ndarray
     token_data: np.ndarray
+    token_end: np.ndarray
+    token_class: np.ndarray
     token_pending: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
@@ -92,238 +99,323 @@ class Tables(NamedTuple):
     map_data: np.ndarray
 
 
-_TABLES = "u b2 l l l l l b l i i i i b i i i l2 b u b l b l l i2 i2 l b"
+_TABLES = "u b l l l l l b l i i i i b i i i i b u b u b l b l l i i l b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """What the kernels take in place of a `Tables`, as long as that lives: int64[29, 3]."""
+    """What the kernels take in place of a `Tables`, as long as that lives: int64[31, 2]."""
     return pack(tables, _TABLES)
 
 
+class Slots(NamedTuple):
+    """What changes while texts go on. `Session` owns it.
+
+    policy      int64[num_slots]              -1 = not guarded
+    plain       uint8[num_slots]              1 = guarded, and only special tokens end the text
+    hidden      uint8[num_slots]              1 = the reader does not see special tokens
+    end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
+    end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
+    state       int64[num_slots, max_tracks]
+    pending     int64[num_slots]              unfinished character, see `utf8`
+    events      int64[capacity, 2]            (row, rule) of every pattern that completed
+    num_events  int64[1]                      counts also those beyond the capacity
+    buffer      uint8[MAX_MAPPED_BYTES]       work space
+    scratch     int64[max_tracks]             work space
+    """
+
+    policy: np.ndarray
+    plain: np.ndarray
+    hidden: np.ndarray
+    end_tokens: np.ndarray
+    end_bits: np.ndarray
+    state: np.ndarray
+    pending: np.ndarray
+    events: np.ndarray
+    num_events: np.ndarray
+    buffer: np.ndarray
+    scratch: np.ndarray
+
+
+_SLOTS = "l b b l b l l l l b l"
+#: Makes packed slots a `Slots` of flat arrays again, within a kernel.
+unpack_slots = unpacker(Slots, _SLOTS)
+
+
+def pack_slots(slots):
+    """What the kernels take in place of a `Slots`, as long as its arrays live: int64[11, 2]."""
+    return pack(slots, _SLOTS)
+
+
 @borrowing
-def _record(packed, track, state, best, row, events, num_events):
-    """Fold the rules of an accept state into `best`; append (row, rule) events while they fit."""
+def state_index(packed, track, state):
+    """A state's place in the per-state arrays of its track."""
     t = unpack_tables(packed)
-    index = (state - t.track_base[track]) // t.track_classes[track]
+    return (state - t.track_base[track]) // t.track_classes[track]
+
+
+@borrowing
+def _record(packed, packed_slots, track, state, best, row):
+    """Fold the rules of an accept state into `best`; append (row, rule) events while they fit."""
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    index = state_index(packed, track, state)
     first_state = t.track_states[track]
-    rule = t.best_rule[first_state + index]
+    rule = np.int64(t.best_rule[first_state + index])
     if best < 0 or t.rule_rank[rule] < t.rule_rank[best]:
         best = rule
-    if events.shape[0]:
-        while True:
-            pattern = t.first_pattern[first_state + index]
-            while pattern >= 0:
-                if num_events[0] < events.shape[0]:
-                    events[num_events[0], 0] = row
-                    events[num_events[0], 1] = t.pattern_rule[pattern]
-                num_events[0] += 1
-                pattern = t.next_pattern[pattern]
-            index = t.suffix_link[first_state + index]
-            if index == 0:
-                break
+    if row < 0:
+        return best
+    while True:
+        pattern = t.first_pattern[first_state + index]
+        while pattern >= 0:
+            at = 2 * s.num_events[0]
+            if at < s.events.shape[0]:
+                s.events[at] = row
+                s.events[at + 1] = t.pattern_rule[pattern]
+            s.num_events[0] += 1
+            pattern = t.next_pattern[pattern]
+        index = np.int64(t.suffix_link[first_state + index])
+        if index == 0:
+            break
     return best
 
 
 @borrowing
-def _feed_mapped(packed, track, state, data, begin, end, best, row, events, num_events):
+def _feed_mapped(packed, packed_slots, track, state, data, begin, end, best, row):
     """Walk one track over data[begin:end]; return (state, best)."""
     t = unpack_tables(packed)
     for i in range(begin, end):
-        entry = np.int64(t.trans[state + t.class_of[track, data[i]]])
+        entry = np.int64(t.trans[state + t.class_of[track * 256 + data[i]]])
         state = entry & STATE_MASK
         if entry & HIT_BIT:
-            best = _record(packed, track, state, best, row, events, num_events)
+            best = _record(packed, packed_slots, track, state, best, row)
     return state, best
 
 
 @borrowing
-def _feed_character(packed, lo, hi, states, code_point, buffer, best, row, events, num_events):
+def _feed_character(packed, packed_slots, lo, hi, code_point, best, row):
     """Walk every mapped track of [lo, hi) over one character."""
-    t = unpack_tables(packed)
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
     for track in range(lo, hi):
         mapping = t.track_mapping[track]
         form = t.mapping_form[mapping]
         if form < 0:
             continue
         n = map_character(
-            code_point, t.mapping_wrap[mapping], t.page_of[form], t.entries,
-            t.map_offsets, t.map_data, buffer,
+            code_point, t.mapping_wrap[mapping], t.page_of[form * 0x1100 : (form + 1) * 0x1100],
+            t.entries, t.map_offsets, t.map_data, s.buffer,
         )  # fmt: skip
-        states[track - lo], best = _feed_mapped(
-            packed, track, states[track - lo], buffer, np.int64(0), n, best, row, events, num_events
+        s.scratch[track - lo], best = _feed_mapped(
+            packed, packed_slots, track, s.scratch[track - lo], s.buffer, np.int64(0), n, best, row
         )
     return best
 
 
 @borrowing
-def feed_token(packed, lo, hi, states, pending, token, buffer, best, row, events, num_events):
-    """Walk all tracks [lo, hi) of one slot over one visible token; return (pending, best).
-
-    states  int64[hi - lo], in/out. The caller has dealt with hidden special tokens.
-    """
-    t = unpack_tables(packed)
-    if pending == 0:
-        before = np.int64(-1)
-        for track in range(lo, hi):
-            mapping = t.track_mapping[track]
-            state = states[track - lo]
-            if t.track_twin[track] and state == before:
-                states[track - lo] = states[track - lo - 1]  # the twins have met
-                continue
-            before = state
-            for i in range(t.token_offsets[mapping, token], t.token_offsets[mapping, token + 1]):
-                entry = np.int64(t.trans[state + t.class_of[track, t.token_data[i]]])
-                state = entry & STATE_MASK
-                if entry & HIT_BIT:
-                    best = _record(packed, track, state, best, row, events, num_events)
-            states[track - lo] = state
-        return np.int64(t.token_pending[token]), best
+def _feed_bytes(packed, packed_slots, lo, hi, pending, token, best, row):
+    """Walk all tracks over a token that begins inside a character; return (pending, best)."""
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
     begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
     for track in range(lo, hi):
         if t.mapping_form[t.track_mapping[track]] < 0:
-            states[track - lo], best = _feed_mapped(
+            s.scratch[track - lo], best = _feed_mapped(
                 packed,
+                packed_slots,
                 track,
-                states[track - lo],
+                s.scratch[track - lo],
                 t.raw_data,
                 begin,
                 end,
                 best,
                 row,
-                events,
-                num_events,
             )
     for i in range(begin, end):
         pending, broken, code_point = utf8_step(pending, np.int64(t.raw_data[i]))
         if broken:
-            best = _feed_character(
-                packed, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
-            )
+            best = _feed_character(packed, packed_slots, lo, hi, np.int64(REPLACEMENT), best, row)
         if code_point >= 0:
-            best = _feed_character(
-                packed, lo, hi, states, code_point, buffer, best, row, events, num_events
-            )
+            best = _feed_character(packed, packed_slots, lo, hi, code_point, best, row)
     return pending, best
 
 
 @borrowing
-def feed_end(packed, lo, hi, states, pending, buffer, best, row, events, num_events):
-    """Tell all tracks that the text ends here: an unfinished character breaks, a word closes."""
-    t = unpack_tables(packed)
+def feed_token(packed, packed_slots, lo, hi, pending, token, best, row):
+    """Walk all tracks [lo, hi) of `scratch` over one visible token; return (pending, best).
+
+    row = where its events belong, -1 = events are not wanted. The caller has dealt with hidden
+    special tokens.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
     if pending != 0:
-        best = _feed_character(
-            packed, lo, hi, states, np.int64(REPLACEMENT), buffer, best, row, events, num_events
-        )
+        return _feed_bytes(packed, packed_slots, lo, hi, pending, token, best, row)
+    num_tokens = t.token_special.shape[0]
+    before = np.int64(-1)
+    for track in range(lo, hi):
+        state = s.scratch[track - lo]
+        if t.track_twin[track] and state == before:
+            s.scratch[track - lo] = s.scratch[track - lo - 1]  # the twins have met
+            continue
+        before = state
+        at = t.track_mapping[track] * (num_tokens + 1) + token
+        s.scratch[track - lo], best = _feed_mapped(
+            packed, packed_slots, track, state, t.token_data, np.int64(t.token_offsets[at]),
+            np.int64(t.token_offsets[at + 1]), best, row,
+        )  # fmt: skip
+    return np.int64(t.token_pending[token]), best
+
+
+@borrowing
+def feed_end(packed, packed_slots, lo, hi, pending, best, row):
+    """Tell all tracks that the text ends here: an unfinished character breaks, a word closes."""
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    if pending != 0:
+        best = _feed_character(packed, packed_slots, lo, hi, np.int64(REPLACEMENT), best, row)
     for track in range(lo, hi):
         mapping = t.track_mapping[track]
         if t.mapping_form[mapping] >= 0 and t.mapping_wrap[mapping]:
-            buffer[0] = BEFORE_NONWORD
-            states[track - lo], best = _feed_mapped(
-                packed, track, states[track - lo], buffer, np.int64(0), np.int64(1), best, row, events,
-                num_events,
+            s.buffer[0] = BEFORE_NONWORD
+            s.scratch[track - lo], best = _feed_mapped(
+                packed, packed_slots, track, s.scratch[track - lo], s.buffer, np.int64(0),
+                np.int64(1), best, row,
             )  # fmt: skip
     return best
 
 
-@borrowing
-def in_range(slots, tokens, num_slots, num_tokens):
-    """Whether all slots and tokens (int64[num_rows] each) exist: one call, where numpy needs four."""
-    for row in range(slots.shape[0]):  # noqa: SIM110  (numba compiles no generators here)
-        if not (0 <= slots[row] < num_slots and 0 <= tokens[row] < num_tokens):
-            return False
-    return True
+@compiled
+def token_shortcuts(trans, base, class_of, offsets, data, pending, special):
+    """`token_end` and `token_class` of one track; see `Tables`.
 
-
-@borrowing
-def _end_bits(token, slot, row, last, end_tokens, end_bits):
-    ends = np.int64(0)
-    for i in range(end_tokens.shape[1]):
-        if end_tokens[slot, i] == token:
-            ends = np.int64(end_bits[slot])
-            break
-        if end_tokens[slot, i] < 0:
-            break
-    if last.shape[0] and last[row]:
-        ends |= LAST
-    return ends
-
-
-@borrowing
-def advance_kernel(
-    packed, slots, tokens, last, policy, hidden, end_tokens, end_bits, state, pending, best, events,
-    num_events, buffer, scratch,
-):  # fmt: skip
-    """Walk each slot over its newest token and commit; tokens of one slot may follow in order.
-
-    One table read per byte: failure links are folded into `trans`, so the cost follows bytes fed,
-    not the number of patterns.
-
-    packed   the `Tables`, packed. slots, tokens int64[num_rows].
-    last     uint8[num_rows] or empty: 1 = the text ends after this token, whatever it is.
-    policy   int64[num_slots], -1 = not guarded; hidden uint8[num_slots], 1 = special tokens unseen.
-    end_tokens int64[num_slots, width], filled up with -1: tokens that end the slot's text;
-    end_bits uint8[num_slots]: UNSEEN and LAST as they hold for such a token.
-    state    int64[num_slots, max_tracks], in/out; pending int64[num_slots], in/out.
-    best     int64[num_rows], out: most severe rule that completed, -1 = none.
-    events   int64[capacity, 2], out: (row, rule) of every pattern that completed; num_events
-             int64[1], in/out, counts also those beyond the capacity. Capacity 0 = not wanted.
-    buffer   uint8[MAX_MAPPED_BYTES], scratch int64[max_tracks]: work space.
-
-    Unchecked: ids are in range; `Session` validates once per batch and raises ShapeError.
+    class_of uint8[256]; offsets int32[num_tokens + 1] into data; pending and special as in `Tables`.
     """
-    t = unpack_tables(packed)
-    for row in range(slots.shape[0]):
-        slot = slots[row]
-        rule = np.int64(-1)
-        p = policy[slot]
-        if p >= 0:
-            lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
-            token = tokens[row]
-            states = state[slot]
-            at = pending[slot]
-            ends = _end_bits(token, slot, row, last, end_tokens, end_bits)
-            if (ends & UNSEEN) == 0 and not (hidden[slot] and t.token_special[token]):
-                at, rule = feed_token(
-                    packed, lo, hi, states, at, token, buffer, rule, row, events, num_events
-                )
-            if ends & LAST:
-                rule = feed_end(packed, lo, hi, states, at, buffer, rule, row, events, num_events)
-                at = 0
-            pending[slot] = at
-        best[row] = rule
+    ends = np.empty(special.shape[0], np.uint32)
+    classes = np.zeros(special.shape[0], np.uint8)
+    for token in range(special.shape[0]):
+        state = np.int64(base)
+        begin, end = offsets[token], offsets[token + 1]
+        plain = not special[token] and not pending[token] and begin < end
+        hit = np.int64(0) if plain else np.int64(HIT_BIT)
+        for i in range(begin, end):
+            entry = np.int64(trans[state + class_of[data[i]]])
+            state = entry & STATE_MASK
+            hit |= entry & HIT_BIT
+        ends[token] = state | hit
+        if begin < end:
+            classes[token] = class_of[data[begin]]
+    return ends, classes
 
 
 @borrowing
-def peek_kernel(
-    packed, slots, tokens, last, policy, hidden, end_tokens, end_bits, state, pending, best, events,
-    num_events, buffer, scratch,
-):  # fmt: skip
-    """Say what `advance_kernel` would find; commit nothing. Same arguments; state is read only.
+def _walk_row(packed, packed_slots, slot, token, ends, row):
+    """Walk a slot's tracks, copied to `scratch`, over any token; return (pending, rule or -1).
 
-    A token of -1 is none at all: with last = 1 it asks what the end of the text would complete.
+    ends = UNSEEN | LAST bits that hold whatever the token is; token = -1 is none at all.
     """
-    t = unpack_tables(packed)
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    pending, rule = s.pending[slot], np.int64(-1)
+    lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
+    max_tracks, num_ends = s.scratch.shape[0], s.end_tokens.shape[0] // s.policy.shape[0]
+    for i in range(max_tracks):
+        s.scratch[i] = s.state[slot * max_tracks + i]
+    for i in range(slot * num_ends, (slot + 1) * num_ends):
+        if token >= 0 and s.end_tokens[i] == token:
+            ends |= s.end_bits[slot]
+    unseen = token < 0 or ends & UNSEEN or (s.hidden[slot] and t.token_special[token])
+    if not unseen:
+        pending, rule = feed_token(packed, packed_slots, lo, hi, pending, token, rule, row)
+    if ends & LAST:
+        rule = feed_end(packed, packed_slots, lo, hi, pending, rule, row)
+        pending = np.int64(0)
+    return pending, rule
+
+
+@borrowing
+def walk_kernel(packed, packed_slots, slots, tokens, last, commit, first, best):
+    """Walk each slot over its newest token; tokens of one slot may follow in order.
+
+    At most two table reads per byte: failure links are folded into `trans`, so the cost follows the
+    bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
+    same bytes from the root goes on as that does, and where that leads is in `token_end`.
+
+    packed, packed_slots  a `Tables` and a `Slots`. slots, tokens int64[num_rows].
+    last    uint8[num_rows] or empty: 1 = the text ends after this token, whatever it is.
+    commit  1 = the slots go on behind the token; 0 = only look, and a token of -1 is none at all:
+            with last = 1 that asks what the end of the text would complete.
+    first   row to begin with; the events of rows before it are kept.
+    best    int64[num_rows], out: 1 + the most severe rule that completed, 0 = none.
+    Returns the number of rows done, smaller than num_rows if the events of the next one do not fit
+    (make room and go on from that row); -1 if an id is out of range, with nothing done.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    num_slots, num_tokens = s.policy.shape[0], t.token_special.shape[0]
+    max_tracks = s.scratch.shape[0]
+    lowest = 0 if commit else -1
     for row in range(slots.shape[0]):
-        slot = slots[row]
-        rule = np.int64(-1)
-        p = policy[slot]
-        if p >= 0:
-            lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
-            token = tokens[row]
-            for i in range(hi - lo):
-                scratch[i] = state[slot, i]
-            at = pending[slot]
-            ends = _end_bits(token, slot, row, last, end_tokens, end_bits)
-            if (
-                token >= 0
-                and (ends & UNSEEN) == 0
-                and not (hidden[slot] and t.token_special[token])
-            ):
-                at, rule = feed_token(
-                    packed, lo, hi, scratch, at, token, buffer, rule, row, events, num_events
-                )
-            if ends & LAST:
-                rule = feed_end(packed, lo, hi, scratch, at, buffer, rule, row, events, num_events)
-        best[row] = rule
+        if not (0 <= slots[row] < num_slots and lowest <= tokens[row] < num_tokens):
+            return -1
+    if first == 0:
+        s.num_events[0] = 0
+    for row in range(first, slots.shape[0]):
+        slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
+        mine = slot * np.uintp(max_tracks)
+        # Nearly every row: an ordinary token within the text that completes nothing. What this loop
+        # cannot settle, `_walk_row` does from the start.
+        if s.policy[slot] < 0:
+            best[row] = 0
+            continue
+        settled = s.plain[slot] and s.pending[slot] == 0 and last.shape[0] == 0
+        if settled:
+            p = np.uintp(s.policy[slot])
+            lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
+            track = lo
+            while track < hi:
+                whole = t.token_end[track * np.uintp(num_tokens) + token]
+                if whole >> 31:
+                    settled = False
+                    break
+                root = np.uintp(t.track_base[track])
+                state = np.uintp(s.state[mine + track - lo])
+                s.scratch[track - lo] = state
+                class_ = np.uintp(t.token_class[track * np.uintp(num_tokens) + token])
+                entry, behind = t.trans[state + class_], t.trans[root + class_]
+                if state != root and entry != behind:
+                    hit = entry
+                    state, root = np.uintp(entry & STATE_MASK), np.uintp(behind)
+                    at = np.uintp(t.track_mapping[track]) * np.uintp(num_tokens + 1) + token
+                    i = np.uintp(t.token_offsets[at]) + np.uintp(1)
+                    end = np.uintp(t.token_offsets[at + np.uintp(1)])
+                    classes = track * np.uintp(256)
+                    while state != root and i < end:
+                        class_ = np.uintp(t.class_of[classes + np.uintp(t.token_data[i])])
+                        entry = t.trans[state + class_]
+                        hit |= entry
+                        state, root = np.uintp(entry & STATE_MASK), np.uintp(t.trans[root + class_])
+                        i += np.uintp(1)
+                    if hit >> np.uint32(31):
+                        settled = False
+                        break
+                    if state != root:
+                        whole = np.uint32(state)
+                if commit:
+                    s.state[mine + track - lo] = whole
+                track += np.uintp(1)
+            if settled:
+                best[row] = 0
+                continue
+            while commit and track > lo:  # take it back
+                track -= np.uintp(1)
+                s.state[mine + track - lo] = s.scratch[track - lo]
+        ends = np.int64(LAST) if last.shape[0] and last[row] else np.int64(0)
+        events = s.num_events[0]
+        pending, rule = _walk_row(
+            packed, packed_slots, slots[row], tokens[row], ends, np.int64(row)
+        )
+        if 2 * s.num_events[0] > s.events.shape[0]:
+            s.num_events[0] = events
+            return row
+        if commit:
+            s.pending[slot] = pending
+            for k in range(max_tracks):
+                s.state[mine + np.uintp(k)] = s.scratch[k]
+        best[row] = rule + 1
+    return slots.shape[0]

@@ -8,14 +8,15 @@ Source: Aho & Corasick 1975.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from streamguard_kernels.compiled import compiled
 
 #: Bit 31 of a transition: the move completes at least one pattern.
 HIT = np.uint32(1 << 31)
 NO_RULE = np.int32(-1)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def byte_classes(data):
     """Give each byte that occurs in a pattern a class of its own; all others share class 0.
 
@@ -33,7 +34,7 @@ def byte_classes(data):
     return class_of, num_classes
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def build_trie(data, offsets, class_of, num_classes, max_states):
     """Insert all patterns level by level, which numbers the states by depth.
 
@@ -68,7 +69,7 @@ def build_trie(data, offsets, class_of, num_classes, max_states):
     return goto[:num_states], node
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def fold_failure_links(goto):
     """Complete `goto` in place to a transition table; return the failure link of each state.
 
@@ -88,7 +89,7 @@ def fold_failure_links(goto):
     return failure
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def collect_outputs(num_states, end_state, pattern_rule, rule_rank, rule_group, failure):
     """Say for every state which patterns end there.
 
@@ -126,7 +127,7 @@ def collect_outputs(num_states, end_state, pattern_rule, rule_rank, rule_group, 
     return first_pattern, next_pattern, suffix_link, best_rule, groups
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def pack_transitions(goto, groups, base):
     """Flatten to uint32: the next row's start in a table that begins at `base`, bit 31 = a hit."""
     num_states, num_classes = goto.shape

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from streamguard_kernels.advance import (
     HIT_BIT,
@@ -21,9 +20,12 @@ from streamguard_kernels.advance import (
     UNSEEN,
     feed_end,
     feed_token,
+    state_index,
+    unpack_slots,
     unpack_tables,
 )
-from streamguard_kernels.packing import borrowing, pack, unpacker
+from streamguard_kernels.compiled import borrowing, compiled
+from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.utf8 import REPLACEMENT, map_character
 
 _WALK = 4
@@ -45,6 +47,8 @@ class Ranges(NamedTuple):
     continues       uint8[num_tokens]               the same as flags
     visible         int32[num_special]              special tokens: not in `order` but walked
     group           int64[1]                        the group's bit
+
+    Packed, it holds flat arrays only.
     """
 
     own_offsets: np.ndarray
@@ -62,13 +66,13 @@ class Ranges(NamedTuple):
     group: np.ndarray
 
 
-_RANGES = "l l i2 i l i2 l l2 i i b i l"
+_RANGES = "l l i i l i l l i i b i l"
 #: Makes packed ranges a `Ranges` again, within a kernel.
 unpack_ranges = unpacker(Ranges, _RANGES)
 
 
 def pack_ranges(ranges):
-    """What the kernels take in place of a `Ranges`, as long as that lives: int64[13, 3]."""
+    """What the kernels take in place of a `Ranges`, as long as that lives: int64[13, 2]."""
     return pack(ranges, _RANGES)
 
 
@@ -87,7 +91,7 @@ def _compare(data, begin, end, other, first, last):
     return 0 if n <= m else 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def token_order(offsets, data, skip):
     """Sort tokens by their bytes; tokens without bytes and those in `skip` are left out.
 
@@ -136,7 +140,7 @@ def token_order(offsets, data, skip):
     return order
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def build_own_ranges(
     pattern_data, pattern_offsets, wanted, trans, base, num_classes, num_states, class_of,
     failure, order, offsets, data,
@@ -217,7 +221,7 @@ def build_own_ranges(
     return own_offsets, own[:used].copy(), link
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def tokens_with_whole_patterns(
     trans, base, num_classes, class_of, groups, first_state, group, order, offsets, data
 ):
@@ -238,44 +242,37 @@ def tokens_with_whole_patterns(
 
 
 @borrowing
-def walk_completes(
-    packed, lo, hi, states, pending, token, ends, rule_in_group, scratch, buffer, no_events, counter
-):
-    """Slow and sure: walk `token` from `states` and look at the most severe rule that completes.
+def _walk_completes(packed, packed_slots, lo, hi, slot, token, ends, rule_in_group):
+    """Slow and sure: walk `token` from the slot's state, look at the most severe rule it completes.
 
-    ends = UNSEEN | LAST bits. scratch int64[hi - lo]. no_events int64[0, 2], counter int64[1].
+    ends = UNSEEN | LAST bits.
     """
+    s = unpack_slots(packed_slots)
+    first = slot * s.scratch.shape[0]
     for i in range(hi - lo):
-        scratch[i] = states[i]
-    best = np.int64(-1)
+        s.scratch[i] = s.state[first + i]
+    pending, best, silent = s.pending[slot], np.int64(-1), np.int64(-1)
     if (ends & UNSEEN) == 0:
-        pending, best = feed_token(
-            packed, lo, hi, scratch, pending, token, buffer, best, np.int64(0), no_events, counter
-        )
+        pending, best = feed_token(packed, packed_slots, lo, hi, pending, token, best, silent)
     if ends & LAST:
-        best = feed_end(
-            packed, lo, hi, scratch, pending, buffer, best, np.int64(0), no_events, counter
-        )
+        best = feed_end(packed, packed_slots, lo, hi, pending, best, silent)
     return best >= 0 and rule_in_group[best] != 0
 
 
 @borrowing
 def mark_forbidden(
-    packed, packed_ranges, p, states, pending, hidden, end_tokens, end_bits, last, rule_in_group,
-    buffer, scratch, no_events, counter, walks, forbidden,
+    packed, packed_slots, packed_ranges, slot, last, rule_in_group, walks, forbidden
 ):  # fmt: skip
     """Set forbidden[token] = 1 for each token that would complete a match of the group.
 
     A token that completes a more severe group's match too may be left out: whoever cares marks that
     group as well.
 
-    p           the slot's policy; states int64[max_tracks]; pending int64; hidden 0/1.
-    end_tokens  int64[num_ends]: tokens that end the text; end_bits: what they do, as `ends`.
     last        1 = whatever token comes next is the last of the text: each one is walked.
-    rule_in_group uint8[num_rules]. forbidden uint8[num_tokens], in/out.
-    buffer, scratch, no_events, counter  see `advance_kernel`; walks uint8[num_tokens]: zeros.
+    rule_in_group uint8[num_rules]; walks uint8[num_tokens]: zeros. forbidden uint8[num_tokens], in/out.
     """
-    t, r = unpack_tables(packed), unpack_ranges(packed_ranges)
+    t, s, r = unpack_tables(packed), unpack_slots(packed_slots), unpack_ranges(packed_ranges)
+    p, pending = s.policy[slot], s.pending[slot]
     lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
     num_tokens = t.token_special.shape[0]
     # Tokens that no range speaks for are walked: _WALK and what they do to the text.
@@ -284,19 +281,21 @@ def mark_forbidden(
     else:
         for track in range(lo, hi):
             mapping = t.track_mapping[track]
-            state = states[track - lo]
-            if pending != 0 and t.mapping_form[mapping] >= 0:
+            form = t.mapping_form[mapping]
+            state = s.state[slot * s.scratch.shape[0] + track - lo]
+            if pending != 0 and form >= 0:
                 # Tokens that do not go on with the unfinished character break it first.
                 n = map_character(
-                    REPLACEMENT, t.mapping_wrap[mapping], t.page_of[t.mapping_form[mapping]],
-                    t.entries, t.map_offsets, t.map_data, buffer,
+                    REPLACEMENT, t.mapping_wrap[mapping],
+                    t.page_of[form * 0x1100 : (form + 1) * 0x1100],
+                    t.entries, t.map_offsets, t.map_data, s.buffer,
                 )  # fmt: skip
                 completed = False
                 for i in range(n):
-                    entry = np.int64(t.trans[state + t.class_of[track, buffer[i]]])
+                    entry = np.int64(t.trans[state + t.class_of[track * 256 + s.buffer[i]]])
                     state = entry & STATE_MASK
                     if entry & HIT_BIT:
-                        index = (state - t.track_base[track]) // t.track_classes[track]
+                        index = state_index(packed, track, state)
                         if t.groups[t.track_states[track] + index] & r.group[0]:
                             completed = True
                 if completed:
@@ -306,57 +305,57 @@ def mark_forbidden(
                             and not (t.token_special[token])
                         ):
                             forbidden[token] = 1
-            base = r.state_base[track]
-            index = (state - t.track_base[track]) // t.track_classes[track]
+            index = state_index(packed, track, state)
+            order = mapping * num_tokens
             while index:
                 at = r.own_base[track] + index
                 for k in range(r.own_offsets[at], r.own_offsets[at + 1]):
-                    for i in range(r.own[k, 0], r.own[k, 1]):
-                        forbidden[r.order[mapping, i]] = 1
-                index = np.int64(r.link[base + index])
-            for k in range(r.whole_span[track, 0], r.whole_span[track, 1]):
+                    for i in range(r.own[2 * k], r.own[2 * k + 1]):
+                        forbidden[r.order[order + i]] = 1
+                index = np.int64(r.link[r.state_base[track] + index])
+            for k in range(r.whole_span[2 * track], r.whole_span[2 * track + 1]):
                 forbidden[r.whole[k]] = 1
         if pending != 0:
             for k in range(r.continuation.shape[0]):
                 walks[r.continuation[k]] = _WALK
-        if not hidden:
+        if not s.hidden[slot]:
             for k in range(r.visible.shape[0]):
                 walks[r.visible[k]] = _WALK
-    for k in range(end_tokens.shape[0]):
-        walks[end_tokens[k]] = _WALK | end_bits
+    num_ends = s.end_tokens.shape[0] // s.policy.shape[0]
+    for k in range(slot * num_ends, (slot + 1) * num_ends):
+        if s.end_tokens[k] >= 0:
+            walks[s.end_tokens[k]] = _WALK | s.end_bits[slot]
     for token in range(num_tokens):
         if walks[token]:
-            unseen = UNSEEN if hidden and t.token_special[token] else 0
-            forbidden[token] = walk_completes(
-                packed, lo, hi, states, pending, token, walks[token] | unseen, rule_in_group, scratch,
-                buffer, no_events, counter,
-            )  # fmt: skip
+            unseen = UNSEEN if s.hidden[slot] and t.token_special[token] else 0
+            forbidden[token] = _walk_completes(
+                packed, packed_slots, lo, hi, slot, token, walks[token] | unseen, rule_in_group
+            )
 
 
 @borrowing
-def apply_ranges(packed, packed_ranges, rows, slots, policy, state, logits):
+def apply_ranges(packed, packed_slots, packed_ranges, rows, slots, logits):
     """Write -inf to the masked tokens of each row; the common case of `mark_forbidden`.
 
     rows, slots  int64[num_rows]; logits float32[num_logits_rows, >= num_tokens], in/out.
     The caller guarantees for every slot: pending is 0 or all tracks are raw, special tokens are
     hidden, no token ends a text in a way that matters, and nothing more severe shares the state.
     """
-    t, r = unpack_tables(packed), unpack_ranges(packed_ranges)
+    t, s, r = unpack_tables(packed), unpack_slots(packed_slots), unpack_ranges(packed_ranges)
+    num_tokens = t.token_special.shape[0]
     for k in range(rows.shape[0]):
         slot = slots[k]
-        p = policy[slot]
         row = logits[rows[k]]
-        for track in range(t.policy_tracks[p], t.policy_tracks[p + 1]):
-            mapping = t.track_mapping[track]
-            base = r.state_base[track]
-            index = (
-                state[slot, track - t.policy_tracks[p]] - t.track_base[track]
-            ) // t.track_classes[track]
+        lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
+        for track in range(lo, hi):
+            order = t.track_mapping[track] * num_tokens
+            state = s.state[slot * s.scratch.shape[0] + track - lo]
+            index = state_index(packed, track, state)
             while index:
                 at = r.own_base[track] + index
                 for j in range(r.own_offsets[at], r.own_offsets[at + 1]):
-                    for i in range(r.own[j, 0], r.own[j, 1]):
-                        row[r.order[mapping, i]] = -np.inf
-                index = np.int64(r.link[base + index])
-            for j in range(r.whole_span[track, 0], r.whole_span[track, 1]):
+                    for i in range(r.own[2 * j], r.own[2 * j + 1]):
+                        row[r.order[order + i]] = -np.inf
+                index = np.int64(r.link[r.state_base[track] + index])
+            for j in range(r.whole_span[2 * track], r.whole_span[2 * track + 1]):
                 row[r.whole[j]] = -np.inf

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from streamguard_kernels.advance import HIT_BIT, STATE_MASK
+from streamguard_kernels.compiled import compiled
 from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
     MAX_MAPPED_BYTES,
@@ -15,7 +15,7 @@ from streamguard_kernels.utf8 import (
 )
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def most_matches_per_byte(first_pattern, next_pattern, suffix_link):
     """Most patterns that can end at one mapped byte of one automaton (arrays of that automaton)."""
     chain = np.zeros(first_pattern.shape[0], np.int64)
@@ -31,7 +31,7 @@ def most_matches_per_byte(first_pattern, next_pattern, suffix_link):
     return longest
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def scan_kernel(
     t, lo, hi, data, raw_position, states, positions, ring, pending, found, final, reserve
 ):

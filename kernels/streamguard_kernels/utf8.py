@@ -8,9 +8,8 @@ every decoder with errors="replace" shows them (maximal subparts: Unicode 16, 3.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-from streamguard_kernels.packing import borrowing
+from streamguard_kernels.compiled import borrowing, compiled
 
 REPLACEMENT = 0xFFFD
 #: Bytes that never occur in UTF-8, used as marks in the mapped stream of `boundary: word` tracks.
@@ -65,13 +64,13 @@ def map_character(code_point, wrap, page_of, entries, map_offsets, map_data, out
     """Write the mapped bytes of one character to `out`, uint8[MAX_MAPPED_BYTES]; return the count.
 
     page_of      int32[0x1100]: code_point >> 8 -> page of `entries`.
-    entries      int32[num_pages, 256]: bit 0 = not a word character; the rest = index into
+    entries      int32[num_pages * 256]: bit 0 = not a word character; the rest = index into
                  `map_offsets`, 0 = the character stands for itself.
     wrap         1 on `boundary: word` tracks: a non-word character c becomes FF c FE, so that
                  "not preceded / followed by a word character" is a byte like any other and needs
                  no look-behind (DESIGN section 3).
     """
-    entry = entries[page_of[code_point >> 8], code_point & 0xFF]
+    entry = entries[page_of[code_point >> 8] * 256 + (code_point & 0xFF)]
     nonword = wrap != 0 and (entry & 1) == 1
     n = 0
     if nonword:
@@ -106,7 +105,7 @@ def map_character(code_point, wrap, page_of, entries, map_offsets, map_data, out
     return n
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def map_tokens(data, offsets, wrap, page_of, entries, map_offsets, map_data):
     """Map every token's bytes as if a character began with it.
 

@@ -62,7 +62,7 @@ class Mapping:
 class CharacterTables:
     """`utf8.map_character`'s tables for several sets of normal forms.
 
-    page_of int32[num_forms, 0x1100], entries int32[num_pages, 256], map_offsets int64[], map_data uint8[].
+    page_of int32[num_forms, 0x1100], entries int32[num_pages * 256], map_offsets int64[], map_data uint8[].
     """
 
     page_of: np.ndarray
@@ -108,7 +108,7 @@ def character_tables(forms: tuple[tuple[str, ...], ...]) -> CharacterTables:
             page_of[f, page] = pages[key]
     return CharacterTables(
         page_of,
-        np.array(entries, np.int32).reshape(-1, 256) if entries else np.zeros((1, 256), np.int32),
+        np.concatenate(entries) if entries else np.zeros(256, np.int32),
         np.cumsum([0] + [len(s) for s in strings]).astype(np.int64),
         np.frombuffer(bytearray(b"".join(strings) or b"\0"), np.uint8),
     )

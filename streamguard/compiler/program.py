@@ -13,7 +13,7 @@ from streamguard.compiler.rules import MASK, STOP, CompiledRule, RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
-from streamguard_kernels.advance import Tables
+from streamguard_kernels.advance import Tables, token_shortcuts
 from streamguard_kernels.automaton import (
     build_trie,
     byte_classes,
@@ -279,7 +279,7 @@ def _join(
 ) -> Tables:
     forms = tuple(dict.fromkeys(m.normalize for m in mappings if not m.is_identity))
     characters = character_tables(forms)
-    token_offsets = np.zeros((len(mappings), len(vocabulary) + 1), np.int64)
+    token_offsets = np.zeros((len(mappings), len(vocabulary) + 1), np.int32)
     token_data: list[np.ndarray] = []
     pending = np.zeros(len(vocabulary), np.uint32)
     used = 0
@@ -311,8 +311,17 @@ def _join(
         mark = automaton.class_of[AFTER_NONWORD]
         start = int(automaton.packed[mark]) & 0x7FFFFFFF if automaton.mapping.wrap else int(base)
         starts.append(start)
+    trans = np.concatenate([a.packed for a in automata])
+    all_token_data = np.concatenate(token_data)
+    shortcuts = [
+        token_shortcuts(
+            trans, base, automaton.class_of, token_offsets[mappings.index(automaton.mapping)],
+            all_token_data, pending, vocabulary.special,
+        )
+        for base, automaton in zip(bases, automata, strict=False)
+    ]  # fmt: skip
     return Tables(
-        trans=np.concatenate([a.packed for a in automata]),
+        trans=trans,
         class_of=np.stack([automata[index].class_of for index, _ in tracks]),
         track_base=per_track(bases),
         track_classes=per_track([a.num_classes for a in automata]),
@@ -336,7 +345,9 @@ def _join(
         ).astype(np.int32),
         rule_rank=rank,
         token_offsets=token_offsets,
-        token_data=np.concatenate(token_data),
+        token_data=all_token_data,
+        token_end=np.stack([shortcuts[index][0] for index, _ in tracks]),
+        token_class=np.stack([shortcuts[index][1] for index, _ in tracks]),
         token_pending=pending,
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,

@@ -81,10 +81,9 @@ class Body(Attached):
 
     def mask(self, logits: torch.Tensor, slot_of_row: dict[int, int]) -> None:
         """Make tokens that would complete a mask rule impossible, on a tensor of any device."""
-        rows = [r for r, slot in slot_of_row.items() if self.guard.session.needs_mask(slot)]
-        if not rows:
+        rows, slots = list(slot_of_row), list(slot_of_row.values())
+        if not self.guard.session.needs_mask(slots).any():
             return
-        slots = [slot_of_row[r] for r in rows]
         try:
             with self.metrics.timed("mask"):
                 self._mask(logits, rows, slots)
@@ -177,7 +176,7 @@ class Body(Attached):
         self, logits: torch.Tensor, rows: list[int], slots: list[int], sampled: np.ndarray
     ) -> np.ndarray | None:
         """Rows in which nothing was possible: a sampler returns a token of logit -inf there."""
-        masked = np.array([self.guard.session.needs_mask(slot) for slot in slots])
+        masked = self.guard.session.needs_mask(slots)
         if not masked.any():
             return None
         index = torch.tensor(rows, device=logits.device)

@@ -12,12 +12,12 @@ from streamguard_kernels.lookahead import Ranges, pack_ranges, unpack_ranges
 from streamguard_kernels.packing import pack
 
 
-@njit(cache=True)
+@njit
 def tables_again(packed):
     return unpack_tables(packed)
 
 
-@njit(cache=True)
+@njit
 def ranges_again(packed):
     return unpack_ranges(packed)
 
@@ -28,16 +28,14 @@ def test_kernels_get_the_tables_that_were_packed() -> None:
     assert isinstance(tables, Tables)
     for name, array in compiled.tables._asdict().items():
         assert getattr(tables, name).dtype == array.dtype, name
-        assert np.array_equal(getattr(tables, name), array), name
+        assert np.array_equal(getattr(tables, name), array.reshape(-1)), name
     ranges = ranges_again(pack_ranges(compiled.mask_ranges))
     assert isinstance(ranges, Ranges)
     for name, array in compiled.mask_ranges._asdict().items():
-        assert np.array_equal(getattr(ranges, name), array), name
+        assert np.array_equal(getattr(ranges, name), array.reshape(-1)), name
 
 
-@pytest.mark.parametrize(
-    "array", [np.zeros(3, np.int32), np.zeros((2, 2), np.int64), np.zeros(6, np.int64)[::2]]
-)
+@pytest.mark.parametrize("array", [np.zeros(3, np.int32), np.zeros(6, np.int64)[::2]])
 def test_an_array_of_another_kind_is_refused(array: np.ndarray) -> None:
-    with pytest.raises(TypeError, match=r"array 1 is .*it must be int64, 1, and C-contiguous"):
+    with pytest.raises(TypeError, match=r"array 1 is .*it must be int64 and C-contiguous"):
         pack([np.zeros(1, np.int64), array], "l l")
