@@ -7,6 +7,7 @@ plugin, the tests' fake engine and library users drive the same class.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,12 +15,23 @@ from numpy.typing import ArrayLike, NDArray
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
-from streamguard_kernels.advance import LAST, UNSEEN, Slots, pack_slots, pack_tables, walk_kernel
+from streamguard_kernels.advance import (
+    COMMIT,
+    ENDS,
+    FIRST,
+    LAST,
+    UNSEEN,
+    Slots,
+    pack_slots,
+    pack_tables,
+    walk_kernel,
+)
 from streamguard_kernels.lookahead import apply_ranges, mark_forbidden, pack_ranges
+from streamguard_kernels.packing import address
 from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
 
-_EVENTS = 4096
-_NEVER_LAST = np.zeros(0, np.uint8)
+_EVENTS = _ROWS = 4096
+_INT64 = np.dtype(np.int64)  # the instance: numpy takes 0.2 µs to find it by its type
 
 
 class Session:
@@ -36,6 +48,7 @@ class Session:
         self.num_slots = num_slots
         self._tables = program.tables
         self._packed = pack_tables(program.tables)
+        self._tables_at = address(self._packed)
         self._packed_ranges: dict[int, NDArray[np.int64]] = {}
         self._slots = Slots(
             policy=np.full(num_slots, -1, np.int64),
@@ -49,8 +62,12 @@ class Session:
             num_events=np.zeros(1, np.int64),
             buffer=np.zeros(MAX_MAPPED_BYTES, np.uint8),
             scratch=np.zeros(program.max_tracks, np.int64),
+            row_last=np.zeros(_ROWS, np.uint8),
         )
-        self._packed_slots = pack_slots(self._slots)
+        self._advance_call = np.zeros(5, np.int64)
+        self._peek_call = np.zeros(5, np.int64)
+        self._advance_call[COMMIT] = 1
+        self._replace()
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
         # Per policy: rows may take `apply_ranges` when nothing but ordinary tokens can matter.
@@ -116,7 +133,7 @@ class Session:
             if len(tail) < len(prompt):
                 # In the middle of a text nothing is known of the character before the tail.
                 mine.state[slot, : hi - lo] = t.track_base[lo:hi]
-            self._walk(np.full(len(tail), slot), tail, _NEVER_LAST, commit=True)
+            self._walk(self._advance_call, np.full(len(tail), slot), tail)
             own = t.track_twin[lo:hi].astype(bool)
             # A word that the prompt itself holds whole lacks only the boundary that any text after it
             # would give: such a track forgets the prompt, or no text could follow.
@@ -146,8 +163,7 @@ class Session:
         that the token completed, 0 = none. Cost: about 30 ns a row at batch 256.
         Raises ShapeError for ids out of range or lengths that differ; nothing is committed then.
         """
-        rows, tokens = self._arrays(slots, token_ids)
-        return self._walk(rows, tokens, _NEVER_LAST, commit=True)
+        return self._walk(self._advance_call, slots, token_ids)
 
     def peek(
         self, slots: ArrayLike, token_ids: ArrayLike, last: ArrayLike | None = None
@@ -156,13 +172,10 @@ class Session:
 
         last  bool[num_rows]: the text is over after this token, whatever it is (a length limit).
         """
-        rows, tokens = self._arrays(slots, token_ids)
-        if len(tokens) and tokens.min() < 0:
+        tokens = np.asarray(token_ids, np.int64)
+        if tokens.size and tokens.min() < 0:
             self._check_tokens(tokens)
-        ends = _NEVER_LAST if last is None else np.ascontiguousarray(last, np.uint8)
-        if len(ends) not in (0, len(rows)):
-            raise ShapeError(f"last has {len(ends)} entries for {len(rows)} rows; give one a row.")
-        return self._walk(rows, tokens, ends, commit=False)
+        return self._peek(slots, tokens, last)
 
     def is_unfinished(self, slot: int) -> bool:
         """Whether the slot's text ends inside a character."""
@@ -176,7 +189,7 @@ class Session:
         """
         rows = np.ascontiguousarray(slots, np.int64)
         nothing, last = np.full(len(rows), -1, np.int64), np.ones(len(rows), np.uint8)
-        self._walk(rows, nothing, last, commit=False)
+        self._peek(rows, nothing, last)
         closes = np.zeros(len(rows), bool)
         for row, rule in self.events():
             closes[row] |= bool(self._mask_rules[rule] or self._stop_rules[rule])
@@ -248,49 +261,69 @@ class Session:
         self, rows: NDArray[np.int64], slots: NDArray[np.int64], logits: NDArray[np.float32]
     ) -> None:
         ranges = self._ranges(MASK)
-        apply_ranges(self._packed, self._packed_slots, ranges, rows, slots, logits)
+        apply_ranges(self._tables_at, self._slots_at, ranges, rows, slots, logits)
 
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
         p = int(self._slots.policy[slot])
         if (self._masks if group == MASK else self._stops)[p]:
             mark_forbidden(
-                self._packed, self._packed_slots, self._ranges(group), int(slot), int(last),
+                self._tables_at, self._slots_at, self._ranges(group), int(slot), int(last),
                 self._mask_rules if group == MASK else self._stop_rules,
                 np.zeros_like(forbidden), forbidden,
             )  # fmt: skip
 
-    def _ranges(self, group: int) -> NDArray[np.int64]:
+    def _ranges(self, group: int) -> int:
         if group not in self._packed_ranges:
             program = self.program
             ranges = program.mask_ranges if group == MASK else program.stop_ranges
             self._packed_ranges[group] = pack_ranges(ranges)
-        return self._packed_ranges[group]
+        return address(self._packed_ranges[group])
+
+    def _peek(
+        self, slots: ArrayLike, tokens: ArrayLike, last: ArrayLike | None
+    ) -> NDArray[np.int64]:
+        self._peek_call[ENDS] = last is not None
+        if last is not None:
+            ends = np.asarray(last, np.uint8)
+            if ends.shape != np.shape(slots):
+                raise ShapeError(
+                    f"last has shape {ends.shape} for slots of shape {np.shape(slots)}; give one "
+                    f"entry a row."
+                )
+            if len(ends) > len(self._slots.row_last):
+                self._replace(row_last=np.zeros(2 * len(ends), np.uint8))
+            self._slots.row_last[: len(ends)] = ends
+        return self._walk(self._peek_call, slots, tokens)
 
     def _walk(
-        self,
-        slots: NDArray[np.int64],
-        tokens: NDArray[np.int64],
-        last: NDArray[np.uint8],
-        *,
-        commit: bool,
+        self, call: NDArray[np.int64], slots: ArrayLike, tokens: ArrayLike
     ) -> NDArray[np.int64]:
-        best = np.empty(len(slots), np.int64)
-        done = 0
-        while True:
-            done = walk_kernel(
-                self._packed, self._packed_slots, slots, tokens, last, int(commit), done, best
+        rows, fed = np.ascontiguousarray(slots, _INT64), np.ascontiguousarray(tokens, _INT64)
+        num_rows = len(rows)
+        if rows.ndim != 1 or fed.ndim != 1 or len(fed) != num_rows:
+            raise ShapeError(
+                f"slots has shape {rows.shape}, token_ids {fed.shape}; both need one dimension and "
+                f"the same length."
             )
-            if done == len(slots):
-                return best
+        best = np.empty(num_rows, _INT64)
+        done = walk_kernel(call, rows, fed, best)
+        while done != num_rows:
             if done < 0:
-                self._check_slots(slots)
-                self._check_tokens(tokens)
+                self._check_slots(rows)
+                self._check_tokens(fed)
             self._replace(events=np.resize(self._slots.events, (2 * len(self._slots.events), 2)))
+            call[FIRST] = done
+            done = walk_kernel(call, rows, fed, best)
+            call[FIRST] = 0
+        return best
 
-    def _replace(self, **arrays: NDArray[np.int64]) -> None:
+    def _replace(self, **arrays: NDArray[Any]) -> None:
         """Put larger arrays in place of some of the slots' own."""
         self._slots = self._slots._replace(**arrays)
         self._packed_slots = pack_slots(self._slots)
+        self._slots_at = address(self._packed_slots)
+        for call in (self._advance_call, self._peek_call):
+            call[:2] = self._tables_at, self._slots_at
 
     def _tail(self, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
         """The last tokens of the prompt that can still matter: they hold as much as a pattern."""
@@ -301,18 +334,6 @@ class Session:
         # A character takes 4 bytes at most and maps to 1 at least; 8 more for one cut in two.
         enough = 4 * (self.program.max_depth + 8)
         return prompt[-1 - int(np.searchsorted(np.cumsum(num_bytes[::-1]), enough)) :]
-
-    def _arrays(
-        self, slots: ArrayLike, token_ids: ArrayLike
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        rows = np.ascontiguousarray(slots, np.int64)
-        tokens = np.ascontiguousarray(token_ids, np.int64)
-        if rows.ndim != 1 or rows.shape != tokens.shape:
-            raise ShapeError(
-                f"slots has shape {rows.shape}, token_ids {tokens.shape}; both need one dimension "
-                f"and the same length."
-            )
-        return rows, tokens
 
     def _check_slots(self, slots: NDArray[np.int64]) -> None:
         if len(slots) and not 0 <= slots.min() <= slots.max() < self.num_slots:

@@ -420,7 +420,7 @@ BAD_CALLS = {
     "token too large": (lambda s: s.peek([0], [10**6]), "token ids range over 1000000"),
     "lengths differ": (lambda s: s.advance([0, 1], [0]), "same length"),
     "two dimensions": (lambda s: s.advance([[0]], [[0]]), "one dimension"),
-    "last too short": (lambda s: s.peek([0, 0], [0, 0], last=[True]), "last has 1 entries"),
+    "last too short": (lambda s: s.peek([0, 0], [0, 0], last=[True]), r"last has shape \(1,\)"),
     "unknown policy": (lambda s: s.reset(0, policy="x"), "policy 'x' is not in this session"),
     "end token": (lambda s: s.reset(0, end_token_ids=[10**6]), "token ids range"),
     "prompt token": (lambda s: s.reset(0, [0, -1], hide_special_tokens=False), "token ids range"),

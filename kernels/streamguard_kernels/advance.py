@@ -24,6 +24,8 @@ STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
 #: What the end of a text does to its token: its own text is not read; nothing follows it.
 UNSEEN, LAST = 1, 2
+#: Places in the `call` of `walk_kernel`, after the two addresses.
+COMMIT, ENDS, FIRST = 2, 3, 4
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
@@ -105,7 +107,7 @@ unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """What the kernels take in place of a `Tables`, as long as that lives: int64[31, 2]."""
+    """The addresses of a `Tables` whose own address kernels take: int64[31, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 
@@ -123,6 +125,7 @@ class Slots(NamedTuple):
     num_events  int64[1]                      counts also those beyond the capacity
     buffer      uint8[MAX_MAPPED_BYTES]       work space
     scratch     int64[max_tracks]             work space
+    row_last    uint8[capacity]               1 = the text ends after the row's token, whatever it is
     """
 
     policy: np.ndarray
@@ -136,15 +139,16 @@ class Slots(NamedTuple):
     num_events: np.ndarray
     buffer: np.ndarray
     scratch: np.ndarray
+    row_last: np.ndarray
 
 
-_SLOTS = "l b b l b l l l l b l"
+_SLOTS = "l b b l b l l l l b l b"
 #: Makes packed slots a `Slots` of flat arrays again, within a kernel.
 unpack_slots = unpacker(Slots, _SLOTS)
 
 
 def pack_slots(slots):
-    """What the kernels take in place of a `Slots`, as long as its arrays live: int64[11, 2]."""
+    """The addresses of a `Slots` whose own address kernels take: int64[12, 2]; see `pack`."""
     return pack(slots, _SLOTS)
 
 
@@ -330,22 +334,26 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 
 
 @borrowing
-def walk_kernel(packed, packed_slots, slots, tokens, last, commit, first, best):
+def walk_kernel(call, slots, tokens, best):
     """Walk each slot over its newest token; tokens of one slot may follow in order.
 
     At most two table reads per byte: failure links are folded into `trans`, so the cost follows the
     bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
     same bytes from the root goes on as that does, and where that leads is in `token_end`.
 
-    packed, packed_slots  a `Tables` and a `Slots`. slots, tokens int64[num_rows].
-    last    uint8[num_rows] or empty: 1 = the text ends after this token, whatever it is.
-    commit  1 = the slots go on behind the token; 0 = only look, and a token of -1 is none at all:
-            with last = 1 that asks what the end of the text would complete.
-    first   row to begin with; the events of rows before it are kept.
+    call    int64[5]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
+            the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
+            what the end of the text would complete; ENDS: 1 = `row_last` counts, 0 = no text ends;
+            FIRST: row to begin with, and the events of rows before it are kept.
+    slots, tokens int64[num_rows].
     best    int64[num_rows], out: 1 + the most severe rule that completed, 0 = none.
     Returns the number of rows done, smaller than num_rows if the events of the next one do not fit
     (make room and go on from that row); -1 if an id is out of range, with nothing done.
+
+    Few arguments, since each costs 0.1 µs: at batch 1 they are half of the time.
     """
+    packed, packed_slots = call[0], call[1]
+    commit, ends_count, first = call[COMMIT], call[ENDS], call[FIRST]
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     num_slots, num_tokens = s.policy.shape[0], t.token_special.shape[0]
     max_tracks = s.scratch.shape[0]
@@ -363,7 +371,7 @@ def walk_kernel(packed, packed_slots, slots, tokens, last, commit, first, best):
         if s.policy[slot] < 0:
             best[row] = 0
             continue
-        settled = s.plain[slot] and s.pending[slot] == 0 and last.shape[0] == 0
+        settled = s.plain[slot] and s.pending[slot] == 0 and not ends_count
         if settled:
             p = np.uintp(s.policy[slot])
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
@@ -405,7 +413,7 @@ def walk_kernel(packed, packed_slots, slots, tokens, last, commit, first, best):
             while commit and track > lo:  # take it back
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
-        ends = np.int64(LAST) if last.shape[0] and last[row] else np.int64(0)
+        ends = np.int64(LAST) if ends_count and s.row_last[row] else np.int64(0)
         events = s.num_events[0]
         pending, rule = _walk_row(
             packed, packed_slots, slots[row], tokens[row], ends, np.int64(row)

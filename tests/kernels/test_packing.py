@@ -9,7 +9,7 @@ from numba import njit
 
 from streamguard_kernels.advance import Tables, pack_tables, unpack_tables
 from streamguard_kernels.lookahead import Ranges, pack_ranges, unpack_ranges
-from streamguard_kernels.packing import pack
+from streamguard_kernels.packing import address, pack
 
 
 @njit
@@ -24,12 +24,14 @@ def ranges_again(packed):
 
 def test_kernels_get_the_tables_that_were_packed() -> None:
     compiled = program(policy(rule("mask", "ab", word=True), rule("halt", "b", case=True)))
-    tables = tables_again(pack_tables(compiled.tables))
+    packed = pack_tables(compiled.tables)
+    tables = tables_again(address(packed))
     assert isinstance(tables, Tables)
     for name, array in compiled.tables._asdict().items():
         assert getattr(tables, name).dtype == array.dtype, name
         assert np.array_equal(getattr(tables, name), array.reshape(-1)), name
-    ranges = ranges_again(pack_ranges(compiled.mask_ranges))
+    packed = pack_ranges(compiled.mask_ranges)
+    ranges = ranges_again(address(packed))
     assert isinstance(ranges, Ranges)
     for name, array in compiled.mask_ranges._asdict().items():
         assert np.array_equal(getattr(ranges, name), array.reshape(-1)), name
