@@ -26,7 +26,13 @@ from streamguard_kernels.advance import (
     pack_tables,
     walk_kernel,
 )
-from streamguard_kernels.lookahead import apply_ranges, mark_forbidden, pack_ranges
+from streamguard_kernels.lookahead import (
+    RANGES_SUFFICE,
+    WALKED,
+    apply_ranges,
+    mark_forbidden,
+    pack_ranges,
+)
 from streamguard_kernels.packing import address
 from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
 
@@ -50,6 +56,7 @@ class Session:
         self._packed = pack_tables(program.tables)
         self._tables_at = address(self._packed)
         self._packed_ranges: dict[int, NDArray[np.int64]] = {}
+        self._ranges_at: dict[int, int] = {}
         self._slots = Slots(
             policy=np.full(num_slots, -1, np.int64),
             plain=np.zeros(num_slots, np.uint8),
@@ -70,17 +77,16 @@ class Session:
         self._replace()
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
-        # Per policy: rows may take `apply_ranges` when nothing but ordinary tokens can matter.
+        # Per policy; see `apply_ranges`.
         t = self._tables
         wraps = [
             bool(t.mapping_wrap[t.track_mapping[lo:hi]].any())
             for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
         ]
-        self._simple_mask = np.array(
-            [not wrap and not program.uses(STOP, p) for p, wrap in enumerate(wraps)]
-        )
         self._masks = np.array([program.uses(MASK, p) for p in range(len(wraps))])
         self._stops = np.array([program.uses(STOP, p) for p in range(len(wraps))])
+        self._masking = np.where(self._stops | np.array(wraps), WALKED, RANGES_SUFFICE)
+        self._masking = (self._masking * self._masks).astype(np.uint8)
 
     def reset(
         self,
@@ -230,38 +236,32 @@ class Session:
         to edit. A token that completes a halt or redirect rule too stays possible: choosing it has
         to halt as often as the unguarded model would have chosen it.
         """
-        row_ids, slot_ids = np.asarray(rows, np.int64), np.asarray(slots, np.int64)
-        is_last, mine = np.asarray(last, bool), self._slots
-        masks = self.needs_mask(slot_ids)
-        if not masks.all():
-            row_ids, slot_ids, is_last = row_ids[masks], slot_ids[masks], is_last[masks]
-        if not len(row_ids):
+        edited, mine = np.ascontiguousarray(rows, _INT64), np.ascontiguousarray(slots, _INT64)
+        if edited.shape != mine.shape or logits.shape[1] < len(self.program.vocabulary):
+            raise ShapeError(
+                f"rows has shape {edited.shape}, slots {mine.shape}, logits {logits.shape}; rows and "
+                f"slots need the same length, logits {len(self.program.vocabulary)} columns at least."
+            )
+        left = np.empty(len(edited), _INT64)
+        num_left = apply_ranges(
+            self._tables_at, self._slots_at, self._ranges(MASK), self._masking, edited, mine, logits,
+            left,
+        )  # fmt: skip
+        if num_left == 0:
             return
-        simple = (
-            self._simple_mask[mine.policy[slot_ids]]
-            & (mine.plain[slot_ids] == 1)
-            & (mine.pending[slot_ids] == 0)
-            & (mine.hidden[slot_ids] == 1)
-        )
-        if simple.all():
-            self._apply_ranges(row_ids, slot_ids, logits)
-            return
-        self._apply_ranges(row_ids[simple], slot_ids[simple], logits)
-        for row, slot, ends in zip(
-            row_ids[~simple], slot_ids[~simple], is_last[~simple], strict=True
-        ):
+        if num_left < 0:
+            self._check_slots(mine)
+            raise ShapeError(
+                f"rows range over {edited.min()}..{edited.max()}; allowed: 0..{len(logits) - 1}."
+            )
+        is_last = np.asarray(last, bool)
+        for k in left[:num_left].tolist():
             forbidden = np.zeros(len(self.program.vocabulary), np.uint8)
-            self._mark(slot, MASK, forbidden, ends)
+            self._mark(mine[k], MASK, forbidden, is_last[k])
             stop = np.zeros_like(forbidden)
-            self._mark(slot, STOP, stop, ends)
+            self._mark(mine[k], STOP, stop, is_last[k])
             forbidden[stop != 0] = 0
-            logits[row, : len(forbidden)][forbidden != 0] = -np.inf
-
-    def _apply_ranges(
-        self, rows: NDArray[np.int64], slots: NDArray[np.int64], logits: NDArray[np.float32]
-    ) -> None:
-        ranges = self._ranges(MASK)
-        apply_ranges(self._tables_at, self._slots_at, ranges, rows, slots, logits)
+            logits[edited[k], : len(forbidden)][forbidden != 0] = -np.inf
 
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
         p = int(self._slots.policy[slot])
@@ -277,7 +277,8 @@ class Session:
             program = self.program
             ranges = program.mask_ranges if group == MASK else program.stop_ranges
             self._packed_ranges[group] = pack_ranges(ranges)
-        return address(self._packed_ranges[group])
+            self._ranges_at[group] = address(self._packed_ranges[group])
+        return self._ranges_at[group]
 
     def _peek(
         self, slots: ArrayLike, tokens: ArrayLike, last: ArrayLike | None

@@ -413,6 +413,7 @@ def test_events_of_a_prompt_are_not_left_for_the_caller() -> None:
     assert one.events() == []
 
 
+LOGITS = np.zeros((1, len(PIECES)), np.float32)
 BAD_CALLS = {
     "slot below 0": (lambda s: s.advance([-1], [0]), "slots range over -1"),
     "slot too large": (lambda s: s.advance([4], [0]), "allowed: 0..3"),
@@ -424,6 +425,9 @@ BAD_CALLS = {
     "unknown policy": (lambda s: s.reset(0, policy="x"), "policy 'x' is not in this session"),
     "end token": (lambda s: s.reset(0, end_token_ids=[10**6]), "token ids range"),
     "prompt token": (lambda s: s.reset(0, [0, -1], hide_special_tokens=False), "token ids range"),
+    "mask slot": (lambda s: s.apply_mask(LOGITS, [0], [9], [False]), "slots range over 9"),
+    "mask row": (lambda s: s.apply_mask(LOGITS, [7], [0], [False]), "rows range over 7"),
+    "narrow logits": (lambda s: s.apply_mask(LOGITS[:, :2], [0], [0], [False]), "columns at least"),
     "forbidden slot": (lambda s: s.forbidden(9), "slots range over 9"),
 }
 

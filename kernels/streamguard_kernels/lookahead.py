@@ -29,6 +29,8 @@ from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.utf8 import REPLACEMENT, map_character
 
 _WALK = 4
+#: How a policy's mask rules are applied.
+RANGES_SUFFICE, WALKED = 1, 2
 
 
 class Ranges(NamedTuple):
@@ -334,17 +336,29 @@ def mark_forbidden(
 
 
 @borrowing
-def apply_ranges(packed, packed_slots, packed_ranges, rows, slots, logits):
-    """Write -inf to the masked tokens of each row; the common case of `mark_forbidden`.
+def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logits, left):
+    """Write -inf to the masked tokens of each row for which ranges say it all; return how many are not.
 
+    masking      uint8[num_policies]: 0 = no mask rules, RANGES_SUFFICE = nothing more severe shares a
+                 state and no text's end completes a match, else WALKED: `mark_forbidden` has to.
     rows, slots  int64[num_rows]; logits float32[num_logits_rows, >= num_tokens], in/out.
-    The caller guarantees for every slot: pending is 0 or all tracks are raw, special tokens are
-    hidden, no token ends a text in a way that matters, and nothing more severe shares the state.
+    left         int64[num_rows], out: indices of the rows that were left to `mark_forbidden`.
+    Returns -1 if a row or slot is out of range, with nothing done.
     """
     t, s, r = unpack_tables(packed), unpack_slots(packed_slots), unpack_ranges(packed_ranges)
-    num_tokens = t.token_special.shape[0]
+    num_tokens, num_left = t.token_special.shape[0], 0
+    for k in range(rows.shape[0]):
+        if not (0 <= slots[k] < s.policy.shape[0] and 0 <= rows[k] < logits.shape[0]):
+            return -1
     for k in range(rows.shape[0]):
         slot = slots[k]
+        if s.policy[slot] < 0 or masking[s.policy[slot]] == 0:
+            continue
+        ordinary = s.plain[slot] and s.hidden[slot] and s.pending[slot] == 0
+        if not ordinary or masking[s.policy[slot]] != RANGES_SUFFICE:
+            left[num_left] = k
+            num_left += 1
+            continue
         row = logits[rows[k]]
         lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
         for track in range(lo, hi):
@@ -359,3 +373,4 @@ def apply_ranges(packed, packed_slots, packed_ranges, rows, slots, logits):
                 index = np.int64(r.link[r.state_base[track] + index])
             for j in range(r.whole_span[2 * track], r.whole_span[2 * track + 1]):
                 row[r.whole[j]] = -np.inf
+    return num_left
