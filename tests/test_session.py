@@ -413,7 +413,7 @@ def test_events_of_a_prompt_are_not_left_for_the_caller() -> None:
     assert one.events() == []
 
 
-LOGITS = np.zeros((1, len(PIECES)), np.float32)
+LOGITS = np.zeros((1, 512), np.float32)
 BAD_CALLS = {
     "slot below 0": (lambda s: s.advance([-1], [0]), "slots range over -1"),
     "slot too large": (lambda s: s.advance([4], [0]), "allowed: 0..3"),
