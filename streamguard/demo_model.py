@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from streamguard.cache_folder import cache_folder
 from streamguard.errors import StreamguardError
 
 __all__ = ["DemoModelError", "TokenizerKind", "demo_model", "tiny_model"]
@@ -67,7 +68,7 @@ def demo_model(cache_dir: Path | None = None) -> Path:
     Raises DemoModelError: a missing package, a failed download, a checksum that does
     not agree, or a cache folder that cannot be written.
     """
-    root = Path(cache_dir) if cache_dir is not None else _default_cache_dir()
+    root = Path(cache_dir) if cache_dir is not None else cache_folder()
     target = root / MODEL_NAME
     try:
         if _defect(target) is None:
@@ -83,11 +84,6 @@ def demo_model(cache_dir: Path | None = None) -> Path:
             "that can be written is needed; name one with the variable STREAMGUARD_CACHE."
         ) from error
     return target
-
-
-def _default_cache_dir() -> Path:
-    configured = os.environ.get("STREAMGUARD_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "streamguard"
 
 
 def _defect(target: Path) -> str | None:

@@ -88,16 +88,26 @@ class HeldText:
         self.session = session
         self.slot = slot
         self.held = 0
+        self._behind = b""  # what was written since the first of the withheld tokens
 
     def feed(self, token_ids: Sequence[int]) -> int:
         """Take in tokens; return how many of the last ones, earlier ones included, to withhold."""
         for token in token_ids:
             self.session.advance([self.slot], [token])
-            # Detokenizers hold a token that ends inside a character back as a whole, and drop it if
-            # the text ends there: what it says behind a word does not count before it is shown.
-            unfinished = self.held > 0 and self.session.is_unfinished(self.slot)
-            if unfinished or self.session.would_close([self.slot])[0]:
+            if self._is_hidden_behind(token) or self.session.would_close([self.slot])[0]:
                 self.held += 1
             else:
-                self.held = 0
+                self.held, self._behind = 0, b""
         return self.held
+
+    def _is_hidden_behind(self, token: int) -> bool:
+        """Whether the reader sees nothing yet of what stands behind the withheld word.
+
+        Detokenizers hold text back while it ends in U+FFFD, and drop it if the response ends there:
+        what it says behind a word does not count before it is shown.
+        """
+        if not self.held:
+            return False
+        if not self.session.is_invisible(self.slot, token):
+            self._behind += self.session.program.vocabulary.token_bytes[token]
+        return self._behind.decode(errors="replace").endswith("\ufffd")

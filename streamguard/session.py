@@ -34,7 +34,7 @@ from streamguard_kernels.lookahead import (
     pack_ranges,
 )
 from streamguard_kernels.packing import address
-from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
+from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _EVENTS = _ROWS = 4096
 _INT64 = np.dtype(np.int64)  # the instance: numpy takes 0.2 µs to find it by its type
@@ -140,12 +140,13 @@ class Session:
                 # In the middle of a text nothing is known of the character before the tail.
                 mine.state[slot, : hi - lo] = t.track_base[lo:hi]
             self._walk(self._advance_call, np.full(len(tail), slot), tail)
-            own = t.track_twin[lo:hi].astype(bool)
-            # A word that the prompt itself holds whole lacks only the boundary that any text after it
-            # would give: such a track forgets the prompt, or no text could follow.
             states = mine.state[slot, : hi - lo]
-            own |= (t.trans[states + t.class_of[lo:hi, BEFORE_NONWORD]] >> 31).astype(bool)
-            states[own] = t.track_start[lo:hi][own]
+            twin = t.track_twin[lo:hi] == 1
+            states[twin] = t.track_start[lo:hi][twin]
+            # A word that stands whole at the prompt's end is not the model's, whatever follows it.
+            base, classes = t.track_base[lo:hi], t.track_classes[lo:hi]
+            quiet = t.quiet[t.track_states[lo:hi] + (states - base) // classes].astype(np.int64)
+            states[:] = np.where(quiet > 0, base + quiet * classes, states)
         mine.end_tokens[slot, : len(end_tokens)] = end_tokens
         mine.plain[slot] = t.token_special[end_tokens].all()
         mine.num_events[0] = 0  # what the prompt holds is no event
@@ -183,9 +184,9 @@ class Session:
             self._check_tokens(tokens)
         return self._peek(slots, tokens, last)
 
-    def is_unfinished(self, slot: int) -> bool:
-        """Whether the slot's text ends inside a character."""
-        return bool(self._slots.pending[slot])
+    def is_invisible(self, slot: int, token: int) -> bool:
+        """Whether the slot's reader does not see this token's text: hidden special tokens."""
+        return bool(self._slots.hidden[slot] and self._tables.token_special[token])
 
     def would_close(self, slots: ArrayLike) -> NDArray[np.bool_]:
         """Whether the text of each slot, if it ended here, would show a match.

@@ -139,7 +139,10 @@ class TextOracle:
         self.prompt = b"".join(self._shown(token) for token in prompt)
         self.output = b""
         self.ended = False
-        self._known = self._matches()
+        # A word that stands whole at the prompt's end is not the model's, whatever follows it.
+        text = decode(self.prompt, False)
+        whole = {("joined", *m) for i, what in self.rules for m in matches(text, what, i)}
+        self._known = self._matches() | whole
 
     def _shown(self, token: int) -> bytes:
         if self.hidden and self.vocabulary.special[token]:
@@ -155,24 +158,15 @@ class TextOracle:
                 found |= {(reading, *m) for m in matches(text, what, index, ended=self.ended)}
         return found
 
-    def prompt_ends_in_a_match(self) -> bool:
-        """Whether a word rule matches at the very end of the prompt: such a rule forgets the prompt."""
-        text = decode(self.prompt, True)
-        return any(
-            match[0] == len(text)
-            for index, what in self.rules
-            if what.boundary == "word"
-            for match in matches(text, what, index)
-        )
-
     def feed(self, token: int, *, last: bool = False) -> set[int]:
         """Append a token; return the global indices of the rules that it completes."""
         ends = token in self.ends
         if not ends or self.show_end:
             self.output += self._shown(token)
         self.ended = ends or last
-        before, self._known = self._known, self._matches()
-        return {index for _, _, index, _ in self._known - before}
+        found = self._matches() - self._known
+        self._known |= found
+        return {index for _, _, index, _ in found}
 
 
 def fill(session: Session, slot: int, tokens: Iterable[int]) -> None:

@@ -37,7 +37,8 @@ def test_no_client_ever_reads_a_match(models: dict[str, Path], seed: int) -> Non
 
 
 def test_the_fuzz_finds_matches_where_nothing_guards(models: dict[str, Path], seed: int) -> None:
-    all_counts = fuzz(models, 6_000, seed, guarded=False)
+    # Some ten policies for each tokenizer: a few may have observe rules alone.
+    all_counts = fuzz(models, 60_000, seed, guarded=False)
     show(all_counts)
     for counts in all_counts.values():
         assert len(counts.violations) > 10

@@ -20,6 +20,7 @@ PIECES = [
     b"\xa9",
     b" squad",
     b"s\xc3",
+    b"s\xa9",
     b"bomb",
 ]
 
@@ -54,6 +55,14 @@ def test_the_token_that_completes_a_word_waits_for_the_next_one(action: str) -> 
 def test_what_ends_inside_a_character_behind_a_word_waits_too() -> None:
     text, _ = begin({"literals": ["bomb"], "boundary": "word", "action": "halt"})
     assert held(text, b" bomb", b"s\xc3", b"\xa9") == [1, 2, 0]
+
+
+def test_broken_characters_behind_a_word_wait_as_the_detokenizer_makes_them_wait() -> None:
+    # vLLM shows nothing while the text ends in U+FFFD, and drops it if the response ends there.
+    text, _ = begin({"literals": ["bomb"], "boundary": "word", "action": "halt"})
+    assert held(text, b" bomb", b"s\xc3", b"s\xc3", b" a") == [1, 2, 3, 0]
+    text, _ = begin({"literals": ["bomb"], "boundary": "word", "action": "halt"})
+    assert held(text, b" bomb", b"s\xa9", b"\xa9", b"s") == [1, 2, 3, 0]
 
 
 def test_a_longer_pattern_is_withheld_where_it_ends() -> None:

@@ -47,6 +47,8 @@ class Tables(NamedTuple):
     suffix_link      int32[num_states]          local to the track
     best_rule        int32[num_states]
     groups           uint8[num_states]
+    quiet            int32[num_states]          the state's copy for the end of a prompt, 0 = none:
+                                                there the mark behind a word completes nothing
     pattern_rule     int32[num_patterns]        global rule index
     pattern_length   int32[num_patterns]        mapped bytes without the leading mark of a word
     rule_rank        int32[num_rules]           lower = more severe
@@ -82,6 +84,7 @@ class Tables(NamedTuple):
     suffix_link: np.ndarray
     best_rule: np.ndarray
     groups: np.ndarray
+    quiet: np.ndarray
     pattern_rule: np.ndarray
     pattern_length: np.ndarray
     rule_rank: np.ndarray
@@ -101,13 +104,13 @@ class Tables(NamedTuple):
     map_data: np.ndarray
 
 
-_TABLES = "u b l l l l l b l i i i i b i i i i b u b u b l b l l i i l b"
+_TABLES = "u b l l l l l b l i i i i b i i i i i b u b u b l b l l i i l b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[31, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[32, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 

@@ -144,13 +144,14 @@ def token_order(offsets, data, skip):
 
 @compiled
 def build_own_ranges(
-    pattern_data, pattern_offsets, wanted, trans, base, num_classes, num_states, class_of,
+    pattern_data, pattern_offsets, wanted, shortest, trans, base, num_classes, num_states, class_of,
     failure, order, offsets, data,
 ):  # fmt: skip
     """Ranges of every state's own pattern rests.
 
     pattern_data, pattern_offsets  the track's mapped patterns; wanted uint8[num_patterns] picks the
-    group. order, offsets, data    the track's token order and mapped token bytes.
+    group, shortest the rests: those of at least so many bytes.
+    order, offsets, data           the track's token order and mapped token bytes.
     Returns own_offsets int64[num_states + 1], own int32[num_ranges, 2], link int32[num_states].
     """
     longest = 0
@@ -167,7 +168,7 @@ def build_own_ranges(
         state = np.int64(base)
         for i in range(begin, end - 1):
             state = np.int64(trans[state + class_of[pattern_data[i]]]) & STATE_MASK
-            if end - i - 1 > longest:
+            if end - i - 1 > longest or end - i - 1 < shortest:
                 continue
             low, high = 0, order.shape[0]
             while low < high:
@@ -221,6 +222,30 @@ def build_own_ranges(
         f = failure[s]
         link[s] = f if f and own_offsets[f + 1] > own_offsets[f] else link[f]
     return own_offsets, own[:used].copy(), link
+
+
+@compiled
+def quiet_ranges(states, own_offsets, own, link):
+    """All ranges on the failure path of each of `states`, in one list a state.
+
+    states int32[num_quiet]; the rest as `build_own_ranges` returns it.
+    Returns offsets int64[num_quiet + 1], ranges int32[num_ranges, 2].
+    """
+    offsets = np.zeros(states.shape[0] + 1, np.int64)
+    for turn in range(2):
+        if turn == 1:
+            ranges = np.empty((offsets[-1], 2), np.int32)
+        used = 0
+        for k in range(states.shape[0]):
+            index = np.int64(states[k])
+            while index:
+                for i in range(own_offsets[index], own_offsets[index + 1]):
+                    if turn == 1:
+                        ranges[used] = own[i]
+                    used += 1
+                index = np.int64(link[index])
+            offsets[k + 1] = used
+    return offsets, ranges
 
 
 @compiled

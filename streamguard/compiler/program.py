@@ -13,7 +13,7 @@ from streamguard.compiler.rules import MASK, STOP, CompiledRule, RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
-from streamguard_kernels.advance import Tables, token_shortcuts
+from streamguard_kernels.advance import STATE_MASK, Tables, token_shortcuts
 from streamguard_kernels.automaton import (
     build_trie,
     byte_classes,
@@ -24,10 +24,11 @@ from streamguard_kernels.automaton import (
 from streamguard_kernels.lookahead import (
     Ranges,
     build_own_ranges,
+    quiet_ranges,
     token_order,
     tokens_with_whole_patterns,
 )
-from streamguard_kernels.utf8 import AFTER_NONWORD, map_tokens
+from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD, map_tokens
 
 #: Most bytes that the transition tables of one policy set may take.
 MAX_TABLE_BYTES = 1 << 30
@@ -51,6 +52,12 @@ class _Automaton:
     suffix_link: np.ndarray
     best_rule: np.ndarray
     groups: np.ndarray
+    quiet: np.ndarray
+
+    @property
+    def num_walked(self) -> int:
+        """States that patterns lead to; quiet ones follow them."""
+        return len(self.failure)
 
 
 @dataclass(frozen=True)
@@ -145,11 +152,26 @@ class Program:
             mapping = int(t.track_mapping[track])
             tokens, offsets = orders[mapping], t.token_offsets[mapping]
             wanted = (rule_group[automaton.pattern_rule] & group).astype(np.uint8)
-            track_offsets, track_own, track_link = build_own_ranges(
-                automaton.pattern_data, automaton.pattern_offsets, wanted, t.trans, base,
-                automaton.num_classes, automaton.num_states, automaton.class_of,
-                automaton.failure, tokens, offsets, t.token_data,
-            )  # fmt: skip
+
+            def own_ranges(
+                shortest: int, automaton: _Automaton = automaton, wanted: np.ndarray = wanted,
+                base: int = base, tokens: np.ndarray = tokens, offsets: np.ndarray = offsets,
+            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+                ranges: tuple[np.ndarray, np.ndarray, np.ndarray] = build_own_ranges(
+                    automaton.pattern_data, automaton.pattern_offsets, wanted, shortest, t.trans,
+                    base, automaton.num_classes, automaton.num_walked, automaton.class_of,
+                    automaton.failure, tokens, offsets, t.token_data,
+                )  # fmt: skip
+                return ranges
+
+            track_offsets, track_own, track_link = own_ranges(1)
+            if automaton.mapping.wrap:
+                # From a quiet state the mark alone completes nothing.
+                quiet = np.flatnonzero(automaton.quiet).astype(np.int32)
+                more_offsets, more_own = quiet_ranges(quiet, *own_ranges(2))
+                track_offsets = np.concatenate([track_offsets, more_offsets[1:] + len(track_own)])
+                track_own = np.concatenate([track_own, more_own])
+                track_link = np.concatenate([track_link, np.zeros(len(quiet), np.int32)])
             track_whole = tokens_with_whole_patterns(
                 t.trans, base, automaton.num_classes, automaton.class_of, t.groups,
                 int(t.track_states[track]), group, tokens, offsets, t.token_data,
@@ -263,10 +285,35 @@ def _build(
     first, following, suffix, best, groups = collect_outputs(
         len(goto), end_state, pattern_rule, rank, group, failure
     )
+    packed = pack_transitions(goto, groups, base)
+    quiet = np.zeros(len(goto), np.int32)
+    if mapping.wrap:
+        packed, quiet = _add_quiet_states(packed, num_classes, int(class_of[BEFORE_NONWORD]))
+    more = len(quiet) - len(goto)
     return _Automaton(
-        mapping, data, offsets, pattern_rule, class_of, pack_transitions(goto, groups, base),
-        len(goto), num_classes, failure, first, following, suffix, best, groups,
+        mapping, data, offsets, pattern_rule, class_of, packed, len(quiet), num_classes, failure,
+        np.pad(first, (0, more), constant_values=-1), following, np.pad(suffix, (0, more)),
+        np.pad(best, (0, more), constant_values=-1), np.pad(groups, (0, more)), quiet,
     )  # fmt: skip
+
+
+def _add_quiet_states(
+    packed: np.ndarray, num_classes: int, mark: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Copy each state in which a word lacks only the mark behind it; the copy's move on it is silent.
+
+    A prompt that ends in a whole word leaves its track in such a copy: whatever follows closes that
+    word, which the model did not write, and longer patterns go on.
+    packed  uint32[num_states * num_classes]. Returns the same with the copies behind, and
+    int32[num_states]: the copy of each state, 0 = none.
+    """
+    rows = packed.reshape(-1, num_classes)
+    closed = np.flatnonzero(rows[:, mark] >> 31)
+    copies = rows[closed].copy()
+    copies[:, mark] &= STATE_MASK
+    quiet = np.zeros(len(rows) + len(closed), np.int32)
+    quiet[closed] = len(rows) + np.arange(len(closed))
+    return np.concatenate([packed, copies.reshape(-1)]), quiet
 
 
 def _join(
@@ -339,6 +386,7 @@ def _join(
         suffix_link=np.concatenate([a.suffix_link for a in automata]),
         best_rule=np.concatenate([a.best_rule for a in automata]),
         groups=np.concatenate([a.groups for a in automata]),
+        quiet=np.concatenate([a.quiet for a in automata]),
         pattern_rule=np.concatenate([a.pattern_rule for a in automata]),
         pattern_length=np.concatenate(
             [np.diff(a.pattern_offsets) - a.mapping.wrap for a in automata]

@@ -89,9 +89,9 @@ class Context:
     @cached_property
     def program(self) -> Program:
         """The compiled automata."""
-        from streamguard.compiler.program import compile_program
+        from streamguard.compiler.cache import cached_program
 
-        return compile_program(self.policies, self.table.vocabulary)
+        return cached_program(self.policies, self.table.vocabulary)
 
     @cached_property
     def word_hold(self) -> WordHold | None:

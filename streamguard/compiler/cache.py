@@ -1,0 +1,72 @@
+"""Compile once per machine: workers of one server, and the next start, map the same file.
+
+The file's name is a digest of all that its content depends on: policies, vocabulary, this package's
+own code, and the versions of what the tables are computed with. So nothing is ever stale, and a file
+of that name that cannot be read is compiled and written anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sys
+import unicodedata
+from importlib.metadata import version
+from pathlib import Path
+
+import streamguard
+import streamguard_kernels
+from streamguard.cache_folder import cache_folder
+from streamguard.compiler.artifact import FORMAT_VERSION, Artifact
+from streamguard.compiler.program import Program, compile_program
+from streamguard.compiler.vocabulary import Vocabulary
+from streamguard.errors import ArtifactError
+from streamguard.policy import PolicySet
+
+logger = logging.getLogger("vllm.streamguard")
+
+_KEPT = 16
+
+
+def cached_program(policies: PolicySet, vocabulary: Vocabulary) -> Program:
+    """`compile_program`, or the mapped result of an earlier call in any process. Raises PolicyError."""
+    folder = cache_folder() / "compiled"
+    path = folder / f"{_digest(policies, vocabulary)}.sga"
+    if path.exists():
+        try:
+            program = Artifact.load(
+                path, policy_sha256=policies.sha256, vocabulary_sha256=vocabulary.sha256
+            ).program
+            os.utime(path)
+            return program
+        except (ArtifactError, OSError) as error:
+            logger.warning("streamguard: compiling again: %s", error)
+    program = compile_program(policies, vocabulary)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        Artifact(policies, program).save(path)
+        _forget_old(folder)
+    except OSError as error:  # a full disk or a read-only home must not stop the guard
+        logger.warning("streamguard: the compiled policy is not kept for the next start: %s", error)
+    return program
+
+
+def _digest(policies: PolicySet, vocabulary: Vocabulary) -> str:
+    parts = [
+        policies.sha256, vocabulary.sha256, str(FORMAT_VERSION), sys.version,
+        unicodedata.unidata_version, *(version(name) for name in ("numpy", "numba", "regex")),
+    ]  # fmt: skip
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for package in (streamguard, streamguard_kernels):
+        root = Path(str(package.__file__)).parent
+        for source in sorted(root.rglob("*.py")):
+            digest.update(source.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _forget_old(folder: Path) -> None:
+    """Delete all but the newest; a process that has one mapped keeps it."""
+    files = sorted(folder.glob("*.sga"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files[_KEPT:]:
+        path.unlink(missing_ok=True)
