@@ -33,6 +33,7 @@ from streamguard.policy_schema import (
     text_fault,
     validate,
 )
+from streamguard.rule_packs import load_pack, pack_names, unknown_pack
 
 __all__ = [
     "ACTIONS",
@@ -71,7 +72,8 @@ class Policy:
 
     source    the path as given, for messages.
     warnings  literals that a lenient load left out, one a line, at most eleven.
-    Neither is part of `sha256`, which is that of the patterns in force.
+    packs     rule packs that it extends, with their versions: `secrets 1.0`.
+    None of these is part of `sha256`, which is that of the rules in force.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Policy:
     rules: tuple[Rule, ...]
     source: str
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    packs: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lenient: bool = False) -> Policy:
@@ -235,9 +238,11 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
     # After a problem in the header its defaults will do: the rules' problems are told as well.
     header = validate(PolicySchema, data, "", problems) or PolicySchema(version=1)
     rules = data.get("rules")
+    if rules is None and header.extends:
+        rules = []
     if not isinstance(rules, list | tuple):
         problems.stop(wrong_type("rules", rules, f"a list of 1..{MAX_RULES} rules"))
-    if not 1 <= len(rules) <= MAX_RULES:
+    if not (0 if header.extends else 1) <= len(rules) <= MAX_RULES:
         problems.stop(
             f"rules has {len(rules)} entries; allowed: 1..{MAX_RULES}. "
             + ("A policy without rules guards nothing. Add one." if not rules else "Merge some.")
@@ -277,6 +282,13 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
                 message=rule.message or None,
             )
         )
+    packs, taken = _extend(header.extends, frozenset(place_of_id), problems)
+    resolved += taken
+    if len(resolved) > MAX_RULES:
+        problems.stop(
+            f"with {', '.join(packs)} the policy has {len(resolved)} rules; allowed: 1..{MAX_RULES}. "
+            f"Merge some of your own."
+        )
     problems.raise_if_any()
     return Policy(
         name=header.name,
@@ -285,7 +297,30 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
         rules=tuple(resolved),
         source=problems.source,
         warnings=problems.warnings,
+        packs=packs,
     )
+
+
+def _extend(
+    names: list[str], own_ids: frozenset[str], problems: Problems
+) -> tuple[tuple[str, ...], list[Rule]]:
+    """Packs with their versions, and those of their rules that no rule of the policy overrides."""
+    packs: list[str] = []
+    rules: list[Rule] = []
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            problems.add(
+                f"extends[{index}] is {show(name)}, which is named before; a pack may be named once, "
+                f"or its rules would count twice. Delete one."
+            )
+        elif name not in pack_names():
+            problems.add(f"extends[{index}]: {unknown_pack(name)}")
+        else:
+            pack = load_pack(name)
+            packs.append(f"{name} {pack.release}")
+            found = Policy.from_dict(pack.policy, source=f"pack {name}").rules
+            rules += [rule for rule in found if rule.id not in own_ids]
+    return tuple(packs), rules
 
 
 def _check_message(rule: RuleSchema, place: str, problems: Problems) -> None:

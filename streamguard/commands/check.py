@@ -80,6 +80,7 @@ def _summary(policies: PolicySet) -> dict[str, Any]:
                 "on_error": policy.on_error,
                 "rules": dict(Counter(rule.action for rule in policy.rules)),
                 "patterns": policy.num_patterns,
+                "packs": list(policy.packs),
                 "sha256": policy.sha256,
             }
             for name, policy in policies.policies.items()
@@ -131,6 +132,9 @@ def _print(source: str, policies: PolicySet, compiled: dict[str, Any] | None) ->
             )
         )
     print_table(("policy", "default", "selectable", "rules", "patterns", "sha256"), rows)
+    for name, policy in policies.policies.items():
+        if policy.packs:
+            print(f"{name} extends {', '.join(policy.packs)}")
     if compiled:
         print(
             f"compiled for {compiled['tokenizer']} ({compiled['tokens']:,} tokens): "
