@@ -39,10 +39,13 @@ class Scanner:
         self._lo, self._hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
         num = self._hi - self._lo
         size = 1 << int(2 * program.max_depth + 64).bit_length()
-        self._states = t.track_start[self._lo : self._hi].copy()
-        self._positions = np.zeros(num, np.int64)
+        # One array, so that a checkpoint is one copy.
+        self._place = np.zeros(3 * num + 2, np.int64)
+        self._states, self._positions, self._quiet, self._pending = np.split(
+            self._place, [num, 2 * num, 3 * num]
+        )
+        self._states[:] = t.track_start[self._lo : self._hi]
         self._ring = np.zeros((num, size), np.int64)
-        self._pending = np.zeros(2, np.int64)
         most = 0
         for track in range(self._lo, self._hi):
             first = t.track_states[track]
@@ -56,7 +59,6 @@ class Scanner:
         # A byte can end two characters, of at most MAX_MAPPED_BYTES each, in every track.
         self._reserve = max(1, most) * 2 * MAX_MAPPED_BYTES * num
         self._found = np.empty((4096 + 2 * self._reserve, 4), np.int64)
-        self._quiet = np.zeros(num, np.int64)
         self._position = 0
 
     @cached_property
@@ -113,18 +115,14 @@ class Scanner:
 
     def save(self) -> Checkpoint:
         """Where the reading stands, to come back to it with `load`."""
-        return Checkpoint(
-            self._states.copy(), self._positions.copy(), self._pending.copy(), self._quiet.copy(),
-            self._position,
-        )  # fmt: skip
+        return Checkpoint(self._place.copy(), self._position)
 
     def load(self, saved: Checkpoint) -> None:
         """Come back to a checkpoint of this or another scanner of the same policy.
 
         Starts of matches and of the hold are right only for what is read from then on.
         """
-        self._states[:], self._positions[:] = saved.states, saved.positions
-        self._pending[:], self._quiet[:] = saved.pending, saved.quiet
+        self._place[:] = saved.place
         self._position = saved.position
 
     def hold_start(self) -> int:
@@ -143,12 +141,9 @@ class Scanner:
 
 
 class Checkpoint(NamedTuple):
-    """State of a `Scanner`; arrays as in `scan_kernel`."""
+    """Where a `Scanner` stands. place: its states, positions and pending as in `scan_kernel`."""
 
-    states: np.ndarray
-    positions: np.ndarray
-    pending: np.ndarray
-    quiet: np.ndarray
+    place: np.ndarray
     position: int
 
 

@@ -99,7 +99,7 @@ class TextStream:
     def feed(self, piece: str | bytes) -> str | bytes:
         """Take in the next piece of the text; return what may be shown of all held until now.
 
-        Empty after a verdict. Cost: a few microseconds and some nanoseconds a byte. Raises
+        Empty after a verdict. Cost: some 30 µs a call and some nanoseconds a byte. Raises
         StreamError for a piece of the other type than the first, and after `finish`.
         """
         if self._finished:
@@ -138,14 +138,16 @@ class TextStream:
             last = final and at + len(block) == len(self._held)
             if not block and not last:
                 return shown
-            rows = np.concatenate([np.empty((0, 4), np.int64), *scanner.rows(block, final=last)])
-            decided = self._withholds[rows[:, 2]]
-            if decided.any():
-                shown += self._decide(rows, decided)
-                if self._verdict is not None:
-                    return shown
-                continue
-            self._count(rows)
+            parts = list(scanner.rows(block, final=last))
+            if parts:
+                rows = np.concatenate(parts)
+                decided = self._withholds[rows[:, 2]]
+                if decided.any():
+                    shown += self._decide(rows, decided)
+                    if self._verdict is not None:
+                        return shown
+                    continue
+                self._count(rows)
             shown += self._release(
                 scanner.position if last else self._settled(scanner.hold_start())
             )
@@ -193,8 +195,7 @@ class TextStream:
             begun = bytes(self._held[: end - self._released])
             rows = [*self._behind.rows(begun, final=True)]
             self._behind.load(place)
-            found = np.concatenate([np.empty((0, 4), np.int64), *rows])
-            if not (self._withholds[found[:, 2]] & (found[:, 1] == end)).any():
+            if not any((self._withholds[r[:, 2]] & (r[:, 1] == end)).any() for r in rows):
                 break
             end -= _last_character(begun)
         return end

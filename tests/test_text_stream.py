@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from streamguard.compiler.program import Program
 from streamguard.policy import SEVERITY, Policy, Rule
 from streamguard.scanner import Scanner
 from streamguard.text_stream import MARK, TextVerdict
+from streamguard_kernels.hold import UNKNOWN
 
 LITERALS = (
     "bomb", "omb", "b", "bob", "o b", "ss", "straße", "i\u0307", "k", "ﬁ", "e\u0301", "中文", "😀b",
@@ -346,6 +349,25 @@ def test_a_stream_is_one_text_of_one_type() -> None:
 def test_a_stream_follows_the_policy_it_is_given() -> None:
     compiled = program([policy(rule("halt", "a")), policy(rule("mask", "b"), name="other")])
     assert [TextStream(compiled, i).feed("bab") for i in (0, 1)] == ["b", f"{MARK}a{MARK}"]
+
+
+def test_a_track_that_knows_no_depth_holds_all_since_it_was_last_quiet() -> None:
+    compiled = program(policy(rule("halt", "bomb")))
+    compiled.hold_depths[compiled.hold_depths > 0] = UNKNOWN
+    stream = TextStream(compiled, 0)
+    assert [stream.feed(piece) for piece in ("a ", "xbo", "m", "xx")] == ["a ", "", "", "xbomxx"]
+    assert (stream.feed("a bomb"), stream.finish()) == ("a ", "")
+    assert stream.verdict == TextVerdict("r0", "custom", "halt", 10, 14)
+
+
+def test_the_example_of_the_readme_prints_what_it_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (found,) = re.findall(r"```python\n([^`]*text_stream[^`]*)```\n\n```\n([^`]*)```", readme)
+    code, output = found
+    exec(code, {})
+    assert capsys.readouterr().out == output
 
 
 def test_long_texts_keep_no_more_than_they_hold() -> None:
