@@ -56,7 +56,7 @@ setup(
         *find_packages("kernels", include=["streamguard_kernels", "streamguard_kernels.*"]),
     ],
     package_dir={"streamguard_kernels": "kernels/streamguard_kernels"},
-    package_data={"streamguard": ["py.typed", "examples/*.yaml"]},
+    package_data={"streamguard": ["py.typed", "examples/*.yaml", "packs/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require={"cpu": CPU, "cuda": CUDA, "demo": DEMO, "bench": BENCH, "dev": DEV},
     entry_points={

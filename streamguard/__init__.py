@@ -12,8 +12,9 @@ from streamguard.policy import Policy, PolicySet
 
 if TYPE_CHECKING:
     from streamguard.guard import Guard
+    from streamguard.text_stream import TextStream
 
-__all__ = ["Guard", "Policy", "PolicyError", "PolicySet", "StreamguardError"]
+__all__ = ["Guard", "Policy", "PolicyError", "PolicySet", "StreamguardError", "TextStream"]
 __version__ = "0.1.0"
 
 
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from streamguard.guard import Guard
 
         return Guard
+    if name == "TextStream":
+        from streamguard.text_stream import TextStream
+
+        return TextStream
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

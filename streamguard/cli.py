@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from streamguard import __version__
-from streamguard.commands import check, compile, doctor, scan, serve
+from streamguard.commands import check, compile, doctor, packs, scan, serve
 from streamguard.commands.terminal import ReportingGroup, discard_stdout
 
 app = typer.Typer(
@@ -74,11 +74,21 @@ def _demo_model(
     print(demo_model(folder))
 
 
+_packs = typer.Typer(
+    name="packs",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List and show the rule packs that a policy can extend.\n\n"
+    "\b\nExample:\n  streamguard packs list\n  streamguard packs show secrets",
+)
+_packs.command("list", short_help="Every pack with its version.")(packs.list_command)
+_packs.command("show", short_help="A pack as it is written.")(packs.show_command)
 app.command("check", short_help="Validate a policy.")(check.command)
 app.command("scan", short_help="Find matches in files or stdin.")(scan.command)
 app.command("compile", short_help="Compile a policy into one file.")(compile.command)
 app.command("serve", short_help="Run vllm serve, guarded.", **serve.SETTINGS)(serve.command)
 app.command("doctor", short_help="Say what works here, and why.")(doctor.command)
+app.add_typer(_packs, short_help="List and show rule packs.")
 app.command("demo-model", short_help="Get the small model, print its path.")(_demo_model)
 
 

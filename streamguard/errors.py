@@ -16,6 +16,7 @@ __all__ = [
     "PolicyError",
     "RequestError",
     "ShapeError",
+    "StreamError",
     "StreamguardError",
     "TokenizerError",
 ]
@@ -43,6 +44,13 @@ class ShapeError(StreamguardError, ValueError):
     """Raised when an array handed to a session has the wrong shape, dtype or range.
 
     A session checks once per batch, before any state changes; the kernels check nothing.
+    """
+
+
+class StreamError(StreamguardError, ValueError):
+    """Raised when a text stream is fed a piece that cannot belong to its text.
+
+    Whether a call raises depends on the piece's type and the calls before it, never on the text.
     """
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from streamguard.policy_schema import (
     text_fault,
     validate,
 )
+from streamguard.rule_packs import load_pack, pack_names, unknown_pack
 
 __all__ = [
     "ACTIONS",
@@ -69,7 +70,10 @@ class Rule:
 class Policy:
     """A validated policy. Make one with `Policy.load` or `Policy.from_dict`.
 
-    `source` is the path as given, for messages; it is not part of `sha256`.
+    source    the path as given, for messages.
+    warnings  literals that a lenient load left out, one a line, at most eleven.
+    packs     rule packs that it extends, with their versions: `secrets 1.0`.
+    None of these is part of `sha256`, which is that of the rules in force.
     """
 
     name: str
@@ -77,16 +81,22 @@ class Policy:
     on_error: str
     rules: tuple[Rule, ...]
     source: str
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+    packs: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Policy:
+    def load(cls, path: str | os.PathLike[str], *, lenient: bool = False) -> Policy:
         """Load one policy file and the literals files that it names.
+
+        lenient  leave out literals that cannot be used, with a line each in `warnings`, instead of
+                 refusing the policy. Everything else that is wrong is refused all the same, and so
+                 is a rule of which nothing would be left.
 
         Takes about a second per million literals in a literals file (inline ones are parsed as
         YAML, some twenty times slower). Raises PolicyError that lists every problem in the file.
         """
         source = os.fspath(path)
-        problems = Problems(source)
+        problems = Problems(source, lenient=lenient)
         try:
             data = parse_yaml(read_text(Path(source)))
         except UnreadableError as error:
@@ -100,12 +110,13 @@ class Policy:
         *,
         source: str = "<dict>",
         base_dir: str | os.PathLike[str] | None = None,
+        lenient: bool = False,
     ) -> Policy:
         """Build a policy from the objects that its YAML would give; same checks as `load`.
 
         base_dir    where relative literals_file paths start; the working directory if None.
         """
-        return _resolve(mapping, Problems(source), Path(base_dir or "."))
+        return _resolve(mapping, Problems(source, lenient=lenient), Path(base_dir or "."))
 
     @property
     def num_patterns(self) -> int:
@@ -137,15 +148,15 @@ class PolicySet:
     default: str
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PolicySet:
+    def load(cls, path: str | os.PathLike[str], *, lenient: bool = False) -> PolicySet:
         """Load a policy file, or a folder of *.yaml and *.yml files in order of their names.
 
-        Files whose name starts with a dot and subfolders are skipped. Raises PolicyError for the
-        first file with problems, and where `from_policies` does.
+        lenient as in `Policy.load`. Files whose name starts with a dot and subfolders are skipped.
+        Raises PolicyError for the first file with problems, and where `from_policies` does.
         """
         source = os.fspath(path)
         if not os.path.isdir(source):
-            return cls.from_policies([Policy.load(source)], source=source)
+            return cls.from_policies([Policy.load(source, lenient=lenient)], source=source)
         problems = Problems(source)
         try:
             names = sorted(os.listdir(source))
@@ -164,7 +175,8 @@ class PolicySet:
                 f"the folder holds no policy ({len(names)} entries, none named *.yaml or *.yml); "
                 f"at least one is needed, since nothing would be guarded. Add one."
             )
-        return cls.from_policies(map(Policy.load, files), source=source)
+        loaded = (Policy.load(file, lenient=lenient) for file in files)
+        return cls.from_policies(loaded, source=source)
 
     @classmethod
     def from_policies(cls, policies: Iterable[Policy], *, source: str = "<policies>") -> PolicySet:
@@ -198,6 +210,11 @@ class PolicySet:
         digests = {name: policy.sha256 for name, policy in self.policies.items()}
         return _digest({"default": self.default, "policies": digests})
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a lenient load left out of the policies, one literal a line."""
+        return [line for policy in self.policies.values() for line in policy.warnings]
+
 
 def _digest(content: dict[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -221,9 +238,11 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
     # After a problem in the header its defaults will do: the rules' problems are told as well.
     header = validate(PolicySchema, data, "", problems) or PolicySchema(version=1)
     rules = data.get("rules")
+    if rules is None and header.extends:
+        rules = []
     if not isinstance(rules, list | tuple):
         problems.stop(wrong_type("rules", rules, f"a list of 1..{MAX_RULES} rules"))
-    if not 1 <= len(rules) <= MAX_RULES:
+    if not (0 if header.extends else 1) <= len(rules) <= MAX_RULES:
         problems.stop(
             f"rules has {len(rules)} entries; allowed: 1..{MAX_RULES}. "
             + ("A policy without rules guards nothing. Add one." if not rules else "Merge some.")
@@ -263,6 +282,13 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
                 message=rule.message or None,
             )
         )
+    packs, taken = _extend(header.extends, frozenset(place_of_id), problems)
+    resolved += taken
+    if len(resolved) > MAX_RULES:
+        problems.stop(
+            f"with {', '.join(packs)} the policy has {len(resolved)} rules; allowed: 1..{MAX_RULES}. "
+            f"Merge some of your own."
+        )
     problems.raise_if_any()
     return Policy(
         name=header.name,
@@ -270,7 +296,31 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
         on_error=header.defaults.on_error,
         rules=tuple(resolved),
         source=problems.source,
+        warnings=problems.warnings,
+        packs=packs,
     )
+
+
+def _extend(
+    names: list[str], own_ids: frozenset[str], problems: Problems
+) -> tuple[tuple[str, ...], list[Rule]]:
+    """Packs with their versions, and those of their rules that no rule of the policy overrides."""
+    packs: list[str] = []
+    rules: list[Rule] = []
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            problems.add(
+                f"extends[{index}] is {show(name)}, which is named before; a pack may be named once, "
+                f"or its rules would count twice. Delete one."
+            )
+        elif name not in pack_names():
+            problems.add(f"extends[{index}]: {unknown_pack(name)}")
+        else:
+            pack = load_pack(name)
+            packs.append(f"{name} {pack.release}")
+            found = Policy.from_dict(pack.policy, source=f"pack {name}").rules
+            rules += [rule for rule in found if rule.id not in own_ids]
+    return tuple(packs), rules
 
 
 def _check_message(rule: RuleSchema, place: str, problems: Problems) -> None:
@@ -293,6 +343,13 @@ def _patterns(
     where_of: dict[str, int] = {}
     patterns: list[str] = []
     num_seen = 0
+    first_fault = ""
+
+    def bad(fault: str) -> None:
+        nonlocal first_fault
+        first_fault = first_fault or fault
+        problems.bad_literal(place + fault)
+
     for where, literal in _literals(rule, place, base_dir, problems):
         num_seen += 1
         if num_seen > room:
@@ -301,17 +358,17 @@ def _patterns(
                 f"patterns, the most allowed, since tables grow with them. Shorten the lists."
             )
         if not isinstance(literal, str):
-            problems.add(place + wrong_type(_at(where, rule), literal, "a string"))
+            bad(wrong_type(_at(where, rule), literal, "a string"))
             continue
         fault = _pattern_fault(literal, in_file=where < 0)
         if fault:
-            problems.add(f"{place}{_at(where, rule)} {fault}")
+            bad(f"{_at(where, rule)} {fault}")
             continue
         first = where_of.setdefault(literal.casefold() if fold else literal, where)
         if first != where:
             after = " after normalize [case]" if fold else ""
-            problems.add(
-                f"{place}{_at(where, rule)} {show(literal)} repeats {_at(first, rule)}{after}; "
+            bad(
+                f"{_at(where, rule)} {show(literal)} repeats {_at(first, rule)}{after}; "
                 f"a pattern may occur once in a rule, or it would count twice. Delete one."
             )
             continue
@@ -320,6 +377,12 @@ def _patterns(
         problems.add(
             f"{place}no pattern to match; a rule needs literals or a literals_file with at least "
             f"one entry. Without, it would never act. Add one or delete the rule."
+        )
+    elif problems.lenient and not patterns and first_fault:
+        # Left out with all its literals, a rule would guard nothing, and nobody would know.
+        problems.add(
+            f"{place}no pattern is left: all {num_seen:,} of its literals are bad; a rule needs one "
+            f"that can be used, and without would never act. The first: {first_fault}"
         )
     return tuple(patterns)
 
@@ -335,7 +398,7 @@ def _literals(
     yield from enumerate(rule.literals)
     if rule.literals_file:
         try:
-            text = read_text(base_dir / rule.literals_file)
+            text = read_text(base_dir / rule.literals_file, keep_bad_bytes=problems.lenient)
         except UnreadableError as error:
             problems.add(f"{place}literals_file {show(rule.literals_file)}: {error}")
             # Something was named: the rule must not be reported as having no pattern as well.
@@ -363,6 +426,14 @@ def _pattern_fault(pattern: str, in_file: bool) -> str | None:
             f"{show(pattern)} is {size_bytes} bytes long; patterns need 1..{MAX_PATTERN_BYTES} "
             f"bytes, since tables grow with every byte. Keep a distinctive part of it."
         )
+    if in_file and not pattern.isascii():
+        # From a file this is a byte that `read_text` kept; UTF-8 itself has no surrogates.
+        bad = next((char for char in pattern if "\udc80" <= char <= "\udcff"), None)
+        if bad is not None:
+            return (
+                f"{show(pattern)} is not UTF-8 (byte 0x{ord(bad) & 0xFF:02x}); text in another "
+                f"encoding would never match what a model writes. Convert the line to UTF-8."
+            )
     fault = text_fault(pattern)
     if fault:
         return f"{show(pattern)} {fault}. Write the characters that are meant."

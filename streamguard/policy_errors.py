@@ -143,18 +143,39 @@ class Problems:
     """Gathers what is wrong in one policy file and raises it as one PolicyError.
 
     Keeps the first ten and counts the rest: a broken list of a million literals costs one screen.
+    lenient  a bad literal is left out of its rule with a warning, instead of being a problem.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, *, lenient: bool = False) -> None:
         self.source = source
+        self.lenient = lenient
         self.total = 0
         self._listed: list[str] = []
+        self._num_skipped = 0
+        self._skipped: list[str] = []
 
     def add(self, problem: str) -> None:
         """Note one problem; `problem` starts with the place in the file."""
         self.total += 1
         if len(self._listed) < MAX_LISTED_PROBLEMS:
             self._listed.append(f"{self.source}: {problem}")
+
+    def bad_literal(self, problem: str) -> None:
+        """Note a literal that cannot be used: a problem, or a warning if lenient."""
+        if not self.lenient:
+            self.add(problem)
+            return
+        self._num_skipped += 1
+        if len(self._skipped) < MAX_LISTED_PROBLEMS:
+            self._skipped.append(f"{self.source}: {problem} Skipped.")
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was left out, the first ten one by one."""
+        more = self._num_skipped - len(self._skipped)
+        if not more:
+            return tuple(self._skipped)
+        return *self._skipped, f"{self.source}: … and {more:,} more bad literals skipped."
 
     def stop(self, problem: str) -> NoReturn:
         """Note a problem after which looking further makes no sense, and raise."""

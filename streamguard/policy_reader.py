@@ -129,8 +129,11 @@ class UnreadableError(Exception):
     """A file that cannot be used as a whole. The caller adds the place and makes a PolicyError."""
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, keep_bad_bytes: bool = False) -> str:
     """Read a UTF-8 file of at most 64 MiB, without its byte order mark.
+
+    keep_bad_bytes  read bytes that are no UTF-8 as lone surrogates U+DC80..U+DCFF, so that the
+                    caller can tell which lines hold them.
 
     Raises UnreadableError when it is missing, a folder, not permitted, too large or not UTF-8; the
     last names the byte offset and the line.
@@ -162,7 +165,7 @@ def read_text(path: Path) -> str:
             f"wrong path cannot exhaust memory. Shorten it or split it over several rules."
         )
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8", "surrogateescape" if keep_bad_bytes else "strict")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UnreadableError(

@@ -52,7 +52,6 @@ _NOT_YET: dict[str, dict[str, str]] = {
         "regexes": "List the strings as literals.",
         "probe": "Use literals.",
         "threshold": "Delete it; it belongs to probe.",
-        "extends": "Copy the rules into this file.",
     },
 }
 
@@ -169,6 +168,7 @@ class PolicySchema(_Schema):
         str, AfterValidator(_identifier("name", _NAME, "a-z, A-Z, 0-9, dot, - and _"))
     ] = "default"
     client_selectable: bool = False
+    extends: Annotated[list[str], BeforeValidator(_as_list)] = []
     defaults: DefaultsSchema = DefaultsSchema()
     rules: Any = None
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from streamguard.compiler.program import Program
+from streamguard_kernels.hold import hold_start
 from streamguard_kernels.scan import most_matches_per_byte, scan_kernel
 from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
@@ -31,15 +33,19 @@ class Scanner:
 
     def __init__(self, program: Program, policy: int | None = None) -> None:
         t = program.tables
+        self._program = program
         p = program.default_policy if policy is None else policy
         self._tables = t
         self._lo, self._hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
         num = self._hi - self._lo
         size = 1 << int(2 * program.max_depth + 64).bit_length()
-        self._states = t.track_start[self._lo : self._hi].copy()
-        self._positions = np.zeros(num, np.int64)
+        # One array, so that a checkpoint is one copy.
+        self._place = np.zeros(3 * num + 2, np.int64)
+        self._states, self._positions, self._quiet, self._pending = np.split(
+            self._place, [num, 2 * num, 3 * num]
+        )
+        self._states[:] = t.track_start[self._lo : self._hi]
         self._ring = np.zeros((num, size), np.int64)
-        self._pending = np.zeros(2, np.int64)
         most = 0
         for track in range(self._lo, self._hi):
             first = t.track_states[track]
@@ -55,18 +61,32 @@ class Scanner:
         self._found = np.empty((4096 + 2 * self._reserve, 4), np.int64)
         self._position = 0
 
+    @cached_property
+    def _hold_depths(self) -> np.ndarray:
+        return self._program.hold_depths
+
+    @property
+    def position(self) -> int:
+        """Bytes read so far."""
+        return self._position
+
     def feed(self, chunk: bytes) -> Iterator[Match]:
         """Matches that the chunk makes certain."""
         for at in range(0, len(chunk), _BLOCK):
-            yield from self._step(
-                np.frombuffer(bytearray(chunk[at : at + _BLOCK]), np.uint8), final=False
-            )
+            for rows in self.rows(chunk[at : at + _BLOCK], final=False):
+                yield from _matches(rows)
 
     def finish(self) -> Iterator[Match]:
         """Matches that the end of the stream makes certain."""
-        yield from self._step(np.zeros(0, np.uint8), final=True)
+        for rows in self.rows(b"", final=True):
+            yield from _matches(rows)
 
-    def _step(self, data: np.ndarray, *, final: bool) -> Iterator[Match]:
+    def rows(self, block: bytes, *, final: bool) -> Iterator[np.ndarray]:
+        """The same as int64[num_matches, 4]: known at, end, rule, start; one per rule and end.
+
+        known at = offset of the byte that made it certain (the stream's length for its end).
+        """
+        data = np.frombuffer(bytearray(block), np.uint8)
         left = len(data) + final
         while left:
             consumed, count = scan_kernel(
@@ -74,15 +94,59 @@ class Scanner:
                 self._positions, self._ring, self._pending, self._found, int(final), self._reserve,
             )  # fmt: skip
             data = data[consumed:]
-            self._position += consumed
+            # The end is a step of its own, but no byte.
+            self._position += consumed - (final and consumed == left)
             left -= consumed
             if not count:
                 continue
             found = self._found[:count]
-            # (known at, end, rule, start): the earliest start of each end and rule comes first
+            # The earliest start of each end and rule comes first.
             found = found[np.lexsort((found[:, 3], found[:, 2], found[:, 1], found[:, 0]))]
-            previous = None
-            for _, end, rule, start in found.tolist():
-                if (end, rule) != previous:
-                    yield Match(rule, start, end)
-                previous = (end, rule)
+            first = np.ones(count, bool)
+            first[1:] = (found[1:, 1:3] != found[:-1, 1:3]).any(axis=1)
+            yield found[first]
+
+    def restart(self, position: int) -> None:
+        """Go on at `position` as at the start of a text; what was read before is forgotten."""
+        self._states[:] = self._tables.track_start[self._lo : self._hi]
+        self._pending[:] = 0
+        self._quiet[:] = position
+        self._position = position
+
+    def save(self) -> Checkpoint:
+        """Where the reading stands, to come back to it with `load`."""
+        return Checkpoint(self._place.copy(), self._position)
+
+    def load(self, saved: Checkpoint) -> None:
+        """Come back to a checkpoint of this or another scanner of the same policy.
+
+        Starts of matches and of the hold are right only for what is read from then on.
+        """
+        self._place[:] = saved.place
+        self._position = saved.position
+
+    def hold_start(self) -> int:
+        """Offset before which nothing can be part of a match of a withholding rule any more.
+
+        Everything behind it can: of a match that has begun, or of an unfinished character.
+        """
+        t = self._tables
+        end = int(self._pending[1]) if self._pending[0] else self._position
+        return int(
+            hold_start(
+                self._hold_depths, t.track_base, t.track_classes, t.track_states, t.track_twin,
+                self._lo, self._states, self._positions, self._ring, self._quiet, end,
+            )
+        )  # fmt: skip
+
+
+class Checkpoint(NamedTuple):
+    """Where a `Scanner` stands. place: its states, positions and pending as in `scan_kernel`."""
+
+    place: np.ndarray
+    position: int
+
+
+def _matches(rows: np.ndarray) -> Iterator[Match]:
+    for _, end, rule, start in rows.tolist():
+        yield Match(rule, start, end)

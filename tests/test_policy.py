@@ -76,7 +76,23 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "extends": (
         "version: 1\nextends: base.yaml\nrules: [{id: a, action: halt, literals: [x]}]\n",
-        ['key "extends" is not supported by this version', "Copy the rules into this file"],
+        ['extends is "base.yaml" (a string)', "must be a list", '["base.yaml"]'],
+    ),
+    "unknown pack": (
+        "version: 1\nextends: [secret]\n",
+        [
+            'extends[0]: no pack is named "secret"',
+            "packs: prompt-leak, secrets.",
+            'mean "secrets"?',
+        ],
+    ),
+    "pack named twice": (
+        "version: 1\nextends: [secrets, secrets]\n",
+        ['extends[1] is "secrets", which is named before', "Delete one"],
+    ),
+    "pack not a name": (
+        "version: 1\nextends: [1]\n",
+        ["extends[0] is 1 (an integer)", "a string"],
     ),
     "name not a string": ("version: 1\nname: yes\nrules: []\n", ["name is true", "quote it"]),
     "bad name": ("version: 1\nname: a b\nrules: []\n", ['name is "a b"', "1..64", "Rename"]),

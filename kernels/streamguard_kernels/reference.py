@@ -48,3 +48,11 @@ def find_matches(
 def completing_tokens(completes: Callable[[int], bool], token_ids: Iterable[int]) -> list[int]:
     """The look-ahead mask by trying every token."""
     return [token for token in token_ids if completes(token)]
+
+
+def longest_live_suffix(text: str, patterns: Iterable[str]) -> int:
+    """Length of the longest end of `text` that is a proper prefix of a pattern."""
+    ends = [text[at:] for at in range(len(text))]
+    return max(
+        (len(end) for end in ends for p in patterns if end != p and p.startswith(end)), default=0
+    )

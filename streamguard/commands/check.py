@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from streamguard.commands.terminal import count, print_table, size, spinner, warn
+from streamguard.commands.terminal import (
+    Lenient,
+    count,
+    print_table,
+    read_policies,
+    size,
+    spinner,
+    warn,
+)
 
 if TYPE_CHECKING:
     from streamguard.policy import PolicySet
@@ -28,6 +36,7 @@ def command(
             metavar="DIR", help="Compile for this tokenizer too, and say what that takes."
         ),
     ] = None,
+    lenient: Lenient = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Validate a policy file or a folder of policies and print what is in it.
@@ -39,11 +48,10 @@ def command(
     Example:
       streamguard check policy.yaml --tokenizer models/SmolLM2-135M-Instruct
     """
-    from streamguard.policy import PolicySet
     from streamguard.policy_advice import advice
 
-    policies = PolicySet.load(policy)
-    warnings = [
+    policies = read_policies(policy, lenient)
+    warnings = policies.warnings + [
         f"{found.source}: {line}" for found in policies.policies.values() for line in advice(found)
     ]
     compiled = _compile(policies, tokenizer) if tokenizer is not None else None
@@ -72,6 +80,7 @@ def _summary(policies: PolicySet) -> dict[str, Any]:
                 "on_error": policy.on_error,
                 "rules": dict(Counter(rule.action for rule in policy.rules)),
                 "patterns": policy.num_patterns,
+                "packs": list(policy.packs),
                 "sha256": policy.sha256,
             }
             for name, policy in policies.policies.items()
@@ -123,6 +132,9 @@ def _print(source: str, policies: PolicySet, compiled: dict[str, Any] | None) ->
             )
         )
     print_table(("policy", "default", "selectable", "rules", "patterns", "sha256"), rows)
+    for name, policy in policies.policies.items():
+        if policy.packs:
+            print(f"{name} extends {', '.join(policy.packs)}")
     if compiled:
         print(
             f"compiled for {compiled['tokenizer']} ({compiled['tokens']:,} tokens): "

@@ -8,7 +8,13 @@ from typing import Annotated
 
 import typer
 
-from streamguard.commands.terminal import InputError, print_table, spinner
+from streamguard.commands.terminal import (
+    InputError,
+    Lenient,
+    load_policies,
+    print_table,
+    spinner,
+)
 
 
 def command(
@@ -24,6 +30,7 @@ def command(
     force: Annotated[
         bool, typer.Option("-f", "--force", help="Replace FILE if it exists.")
     ] = False,
+    lenient: Lenient = False,
 ) -> None:
     """Compile a policy for a tokenizer and write the artefact to one file.
 
@@ -34,10 +41,8 @@ def command(
     Example:
       streamguard compile policy.yaml --tokenizer models/SmolLM2-135M-Instruct -o policy.sga
     """
-    from streamguard.policy import PolicySet
-
     _check_output(output, force)
-    policies = PolicySet.load(policy)
+    policies = load_policies(policy, lenient)
     with spinner("compiling the policy (the first time on a machine takes longer)"):
         from streamguard.compiler.artifact import Artifact
         from streamguard.compiler.program import compile_program

@@ -14,8 +14,9 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from streamguard.errors import PolicyError
+from streamguard.errors import ConfigurationError, PolicyError
 from streamguard.policy import PolicySet
+from streamguard.vllm_plugin.settings import lenient_by_environment
 
 OLDEST_VLLM = (0, 31)
 #: The CPU build is a distribution of its own that installs the same package.
@@ -191,7 +192,9 @@ def policy() -> tuple[Finding, PolicySet | None]:
             "Use streamguard serve --policy, or set it (and STREAMGUARD_REQUIRED=1).",
         ), None
     try:
-        policies = PolicySet.load(path)
+        policies = PolicySet.load(path, lenient=lenient_by_environment())
+    except ConfigurationError as error:
+        return Finding("policy", FAIL, *str(error).split(". ", 1)), None
     except PolicyError as error:
         return Finding("policy", FAIL, str(error), "Correct it; try streamguard check."), None
     how = "required" if required == "1" else "STREAMGUARD_REQUIRED is not set"

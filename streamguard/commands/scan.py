@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from streamguard.commands.terminal import PATIENCE_S, InputError
+from streamguard.commands.terminal import PATIENCE_S, InputError, Lenient, load_policies
 
 if TYPE_CHECKING:
     from streamguard.compiler.program import Program
@@ -43,6 +43,7 @@ def command(
             metavar="NAME", help="Policy of a folder to apply; the default one if not given."
         ),
     ] = None,
+    lenient: Lenient = False,
 ) -> None:
     """Find every match of a policy in files or stdin, read as byte streams.
 
@@ -58,7 +59,7 @@ def command(
     from streamguard.errors import PolicyError
     from streamguard.policy import PolicySet
 
-    policies = PolicySet.load(policy)
+    policies = load_policies(policy, lenient)
     name = policies.default if policy_name is None else policy_name
     if name not in policies.policies:
         raise PolicyError(

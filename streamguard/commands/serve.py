@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from streamguard.commands.terminal import InputError
+from streamguard.commands.terminal import InputError, Lenient, load_policies
 from streamguard.errors import ConfigurationError
 
 #: vLLM's own options are passed through, in the order given.
@@ -25,6 +25,7 @@ def command(
         Path,
         typer.Option(metavar="POLICY", help="A policy file, or a folder of them.", envvar=None),
     ],
+    lenient: Lenient = False,
 ) -> None:
     """Serve MODEL with vLLM's OpenAI server, guarded by POLICY.
 
@@ -35,13 +36,15 @@ def command(
     Example:
       streamguard serve models/SmolLM2-135M-Instruct --policy policy.yaml --port 8000
     """
-    from streamguard.policy import PolicySet
+    from streamguard.vllm_plugin.settings import LENIENT_VARIABLE, lenient_by_environment
 
-    policies = PolicySet.load(policy)
+    policies = load_policies(policy, lenient)
     path = os.path.abspath(policy)
     _check_arguments(ctx.args)
     _check_environment(path)
     environment = {**os.environ, "STREAMGUARD_POLICY": path, "STREAMGUARD_REQUIRED": "1"}
+    # The engine's processes must leave out what was left out here, or their hashes differ.
+    environment[LENIENT_VARIABLE] = "1" if lenient or lenient_by_environment() else "0"
     # -P, as the vllm script has it: the working folder must not shadow installed packages.
     arguments = [sys.executable, "-P", "-m", "streamguard.commands.launch", "serve", *ctx.args]
     print(

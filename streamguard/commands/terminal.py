@@ -10,12 +10,16 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from streamguard.errors import StreamguardError
+
+if TYPE_CHECKING:
+    from streamguard.policy import PolicySet
 
 EXIT_ERROR = 2
 #: A step that is over by then shows no spinner and no bar.
@@ -69,6 +73,32 @@ def say(label: str, text: str, style: str) -> None:
         Console(stderr=True, highlight=False).print(line, soft_wrap=True)
     else:
         print(f"{label}: {text}", file=sys.stderr, flush=True)
+
+
+Lenient = Annotated[
+    bool,
+    typer.Option(
+        "--lenient",
+        help="Skip literals that cannot be used, with a warning each, instead of refusing the "
+        "policy. STREAMGUARD_LENIENT=1 does the same.",
+    ),
+]
+
+
+def load_policies(path: Path, lenient: bool) -> PolicySet:
+    """Load the policies that a command was given, and warn of every literal left out."""
+    policies = read_policies(path, lenient)
+    for line in policies.warnings:
+        warn(line)
+    return policies
+
+
+def read_policies(path: Path, lenient: bool) -> PolicySet:
+    """The same without a word."""
+    from streamguard.policy import PolicySet
+    from streamguard.vllm_plugin.settings import lenient_by_environment
+
+    return PolicySet.load(path, lenient=lenient or lenient_by_environment())
 
 
 def discard_stdout() -> None:

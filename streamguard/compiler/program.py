@@ -21,6 +21,7 @@ from streamguard_kernels.automaton import (
     fold_failure_links,
     pack_transitions,
 )
+from streamguard_kernels.hold import hold_depths
 from streamguard_kernels.lookahead import (
     Ranges,
     build_own_ranges,
@@ -119,6 +120,35 @@ class Program:
     def stop_ranges(self) -> Ranges:
         """Look-ahead of the halt and redirect rules."""
         return self._ranges(STOP)
+
+    @cached_property
+    def hold_depths(self) -> np.ndarray:
+        """int32[num_states]: mapped bytes at the end of the text that may still begin a match.
+
+        Of mask, halt and redirect rules; see `hold.hold_depths`. Read off the tables alone. A track
+        that is no Aho-Corasick automaton has to fill its states with `hold.UNKNOWN` or, better, the
+        length of its longest live partial match.
+        """
+        t = self.tables
+        withholds = np.array([r.group in (MASK, STOP) for r in self.rules], bool)
+        depths = np.zeros(self.num_states, np.int32)
+        counts = np.diff(np.append(np.unique(t.track_states), self.num_states))
+        num_states = dict(zip(np.unique(t.track_states).tolist(), counts.tolist(), strict=True))
+        for track, first in enumerate(t.track_states.tolist()):
+            if t.track_twin[track]:
+                continue
+            states = slice(first, first + num_states[first])
+            ends = np.zeros(num_states[first], np.uint8)
+            pattern = t.first_pattern[states]
+            while (pattern >= 0).any():
+                there = pattern >= 0
+                ends[there] |= withholds[t.pattern_rule[pattern[there]]]
+                pattern = np.where(there, t.next_pattern[pattern], -1)
+            hold_depths(
+                t.trans, int(t.track_base[track]), int(t.track_classes[track]), ends,
+                int(t.mapping_wrap[t.track_mapping[track]]), depths[states],
+            )  # fmt: skip
+        return depths
 
     @cached_property
     def _orders(self) -> list[np.ndarray]:

@@ -142,6 +142,8 @@ def _create_engine_config(
 
     metrics.expose()
     beside.prepare()
+    for line in policies.warnings:
+        logger.warning("streamguard: %s", line)
     total = sum(policy.num_patterns for policy in policies.policies.values())
     logger.info(
         "streamguard: %d policies (default %s), %d rules, %d patterns, sha256 %s%s",
@@ -165,8 +167,12 @@ def _pin(config: Any, sha256: str) -> None:
 
     additional = config.additional_config
     if isinstance(additional, dict):
-        path = os.path.abspath(str(settings.policy_path(config)))
-        config.additional_config = {**additional, settings.KEY: {"policy": path, "sha256": sha256}}
+        entry: dict[str, Any] = {
+            "policy": os.path.abspath(str(settings.policy_path(config))),
+            "sha256": sha256,
+            "lenient": settings.lenient(config),
+        }
+        config.additional_config = {**additional, settings.KEY: entry}
 
 
 def _inert() -> None:

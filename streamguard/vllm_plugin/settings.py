@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 POLICY_VARIABLE = "STREAMGUARD_POLICY"
 REQUIRED_VARIABLE = "STREAMGUARD_REQUIRED"
+LENIENT_VARIABLE = "STREAMGUARD_LENIENT"
 #: Key of `--additional-config` and of a request's extra_args.
 KEY = "streamguard"
 
@@ -30,22 +31,65 @@ def required() -> bool:
     return os.environ.get(REQUIRED_VARIABLE, "") not in ("", "0")
 
 
+def lenient_by_environment() -> bool:
+    """Whether bad literals are to be skipped, as the environment has it.
+
+    Raises ConfigurationError for a value that could be meant either way.
+    """
+    value = os.environ.get(LENIENT_VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ConfigurationError(
+            f"{LENIENT_VARIABLE} is {value!r}; allowed: 0, 1. Read wrongly it would leave literals "
+            f"out of the guard, or refuse to start. Write {LENIENT_VARIABLE}=1, or unset it."
+        )
+    return value == "1"
+
+
 def policy_path(vllm_config: VllmConfig) -> str | None:
     """The configured policy file or folder, None if there is none.
 
     Raises ConfigurationError for an additional-config entry that cannot be read.
     """
-    additional = getattr(vllm_config, "additional_config", None)
-    if isinstance(additional, dict) and KEY in additional:
-        entry = additional[KEY]
-        unknown = set(entry) - {"policy", "sha256"} if isinstance(entry, dict) else {"?"}
-        if unknown or not isinstance(entry.get("policy"), str):
-            raise ConfigurationError(
-                f'--additional-config: "{KEY}" is {entry!r}; allowed: {{"policy": "FILE"}}. '
-                f"What is not understood would leave the engine unguarded. Correct it."
-            )
+    entry = _additional(vllm_config)
+    if entry is not None and "policy" in entry:
         return str(entry["policy"])
-    return os.environ.get(POLICY_VARIABLE) or None
+    path = os.environ.get(POLICY_VARIABLE) or None
+    if entry is not None and path is None:
+        raise _not_understood(entry)
+    return path
+
+
+def lenient(vllm_config: VllmConfig) -> bool:
+    """Whether bad literals are skipped; what the configuration says counts before the environment.
+
+    Raises ConfigurationError as `policy_path` and `lenient_by_environment` do.
+    """
+    entry = _additional(vllm_config) or {}
+    return bool(entry["lenient"]) if "lenient" in entry else lenient_by_environment()
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any] | None:
+    additional = getattr(vllm_config, "additional_config", None)
+    if not isinstance(additional, dict) or KEY not in additional:
+        return None
+    entry = additional[KEY]
+    known = {"policy": str, "sha256": str, "lenient": bool}
+    if (
+        not isinstance(entry, dict)
+        or not set(entry) <= set(known)
+        or not all(isinstance(value, known[key]) for key, value in entry.items())
+        or not entry.keys() & {"policy", "lenient"}
+    ):
+        raise _not_understood(entry)
+    return entry
+
+
+def _not_understood(entry: object) -> ConfigurationError:
+    return ConfigurationError(
+        f'--additional-config: "{KEY}" is {entry!r}; allowed: {{"policy": "FILE", "lenient": true '
+        f"or false}}; the first may come from {POLICY_VARIABLE}. What is not understood would leave "
+        f"the engine unguarded. Correct it."
+    )
 
 
 def load_policies(vllm_config: VllmConfig) -> PolicySet | None:
@@ -58,7 +102,7 @@ def load_policies(vllm_config: VllmConfig) -> PolicySet | None:
         return None
     from streamguard.policy import PolicySet
 
-    policies = PolicySet.load(path)
+    policies = PolicySet.load(path, lenient=lenient(vllm_config))
     additional = vllm_config.additional_config
     expected = additional.get(KEY, {}).get("sha256") if isinstance(additional, dict) else None
     if expected not in (None, policies.sha256):
