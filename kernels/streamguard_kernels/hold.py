@@ -41,7 +41,7 @@ def hold_depths(trans, base, num_classes, ends, lead, depths):
                     behind = base + np.int64(failure[state]) * num_classes + c
                     failure[child] = (np.int64(trans[behind] & STATE_MASK) - base) // num_classes
     for state in range(num_states - 1, 0, -1):
-        if ends[state] or live[state]:
+        if parent[state] >= 0 and (ends[state] or live[state]):  # to quiet states nothing leads
             live[parent[state]] = 1
     for state in range(num_states):
         if state == 0:
