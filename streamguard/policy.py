@@ -249,7 +249,7 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
         forms = rule.normalize if own_forms else header.defaults.normalize
         _check_message(rule, place, problems)
         room = MAX_PATTERNS - num_patterns
-        literals = _patterns(rule, "case" in forms, place, base_dir, room, problems)
+        literals = _patterns(rule, tuple(forms), place, base_dir, room, problems)
         num_patterns += len(literals)
         resolved.append(
             Rule(
@@ -287,9 +287,15 @@ def _check_message(rule: RuleSchema, place: str, problems: Problems) -> None:
 
 
 def _patterns(
-    rule: RuleSchema, fold: bool, place: str, base_dir: Path, room: int, problems: Problems
+    rule: RuleSchema,
+    forms: tuple[str, ...],
+    place: str,
+    base_dir: Path,
+    room: int,
+    problems: Problems,
 ) -> tuple[str, ...]:
     """Merge and check the literals of a rule, of which `room` more fit into the policy."""
+    named = f"normalize [{', '.join(forms)}]"
     where_of: dict[str, int] = {}
     patterns: list[str] = []
     num_seen = 0
@@ -307,9 +313,17 @@ def _patterns(
         if fault:
             problems.add(f"{place}{_at(where, rule)} {fault}")
             continue
-        first = where_of.setdefault(literal.casefold() if fold else literal, where)
+        read = _read(literal, forms)
+        if not read:
+            problems.add(
+                f"{place}{_at(where, rule)} {show(literal)} is empty after {named}; an empty "
+                f"pattern would accept at every byte and block all output. Delete it, or take out "
+                f"the form that skips its characters."
+            )
+            continue
+        first = where_of.setdefault(read, where)
         if first != where:
-            after = " after normalize [case]" if fold else ""
+            after = f" after {named}" if forms else ""
             problems.add(
                 f"{place}{_at(where, rule)} {show(literal)} repeats {_at(first, rule)}{after}; "
                 f"a pattern may occur once in a rule, or it would count twice. Delete one."
@@ -322,6 +336,15 @@ def _patterns(
             f"one entry. Without, it would never act. Add one or delete the rule."
         )
     return tuple(patterns)
+
+
+def _read(literal: str, forms: tuple[str, ...]) -> str:
+    """What a literal is read as first of all; "" = none of its characters is left."""
+    if forms in ((), ("case",)):  # lists are long
+        return literal.casefold() if forms else literal
+    from streamguard.compiler.forms import readings
+
+    return next(iter(readings(literal, forms)), "")
 
 
 def _literals(

@@ -39,6 +39,7 @@ class Scanner:
         self._states = t.track_start[self._lo : self._hi].copy()
         self._positions = np.zeros(num, np.int64)
         self._ring = np.zeros((num, size), np.int64)
+        self._newest = np.zeros((num, 2), np.int64)
         self._pending = np.zeros(2, np.int64)
         most = 0
         for track in range(self._lo, self._hi):
@@ -71,7 +72,8 @@ class Scanner:
         while left:
             consumed, count = scan_kernel(
                 self._tables, self._lo, self._hi, data, self._position, self._states,
-                self._positions, self._ring, self._pending, self._found, int(final), self._reserve,
+                self._positions, self._ring, self._newest, self._pending, self._found, int(final),
+                self._reserve,
             )  # fmt: skip
             data = data[consumed:]
             self._position += consumed

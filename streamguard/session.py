@@ -59,6 +59,10 @@ class Session:
             bool(t.mapping_wrap[t.track_mapping[lo:hi]].any())
             for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
         ]
+        self._shrinks = [
+            bool(t.mapping_shrinks[t.track_mapping[lo:hi]].any())
+            for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
+        ]
         self._simple_mask = np.array(
             [not wrap and not program.uses(STOP, p) for p, wrap in enumerate(wraps)]
         )
@@ -111,7 +115,7 @@ class Session:
         lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
         mine.state[slot, : hi - lo] = t.track_start[lo:hi]
         mine.end_tokens[slot] = -1  # what ends the text does not end its prompt
-        tail = self._tail(prompt, hide_special_tokens)
+        tail = self._tail(p, prompt, hide_special_tokens)
         if len(tail):
             if len(tail) < len(prompt):
                 # In the middle of a text nothing is known of the character before the tail.
@@ -292,9 +296,11 @@ class Session:
         self._slots = self._slots._replace(**arrays)
         self._packed_slots = pack_slots(self._slots)
 
-    def _tail(self, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
+    def _tail(self, p: int, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
         """The last tokens of the prompt that can still matter: they hold as much as a pattern."""
         t = self._tables
+        if self._shrinks[p]:
+            return prompt  # a pattern may begin any number of skipped characters ago
         num_bytes = t.raw_offsets[prompt + 1] - t.raw_offsets[prompt]
         if hidden:
             num_bytes[t.token_special[prompt] != 0] = 0

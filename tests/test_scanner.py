@@ -16,7 +16,7 @@ from streamguard.scanner import Match, Scanner
 
 LITERALS = (
     "bomb", "omb", "b", "bob", "o b", "ss", "straße", "i\u0307", "k", "ﬁ", "e\u0301", "中文", "😀b",
-    "-b", "- -", "\u0301", " ", "bo mb", "1.0", "Sſ",
+    "-b", "- -", "\u0301", " ", "bo mb", "1.0", "Sſ", "kill him", "b o", "b.o-m", "1l", "vіа", "Νο", "m",
 )  # fmt: skip
 #: One broken sequence of each kind, each a single U+FFFD.
 BROKEN = (b"\xff", b"\x80", b"\xc3", b"\xe4\xbd", b"\xf0\x9f\x98", b"\xc0")

@@ -15,11 +15,13 @@ from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
 from streamguard_kernels.advance import Tables, token_shortcuts
 from streamguard_kernels.automaton import (
+    absorb_runs,
     build_trie,
     byte_classes,
     collect_outputs,
     fold_failure_links,
     pack_transitions,
+    states_behind,
 )
 from streamguard_kernels.lookahead import (
     Ranges,
@@ -27,7 +29,7 @@ from streamguard_kernels.lookahead import (
     token_order,
     tokens_with_whole_patterns,
 )
-from streamguard_kernels.utf8 import AFTER_NONWORD, map_tokens
+from streamguard_kernels.utf8 import AFTER_NONWORD, SEPARATOR_BYTE, map_tokens
 
 #: Most bytes that the transition tables of one policy set may take.
 MAX_TABLE_BYTES = 1 << 30
@@ -148,7 +150,7 @@ class Program:
             track_offsets, track_own, track_link = build_own_ranges(
                 automaton.pattern_data, automaton.pattern_offsets, wanted, t.trans, base,
                 automaton.num_classes, automaton.num_states, automaton.class_of,
-                automaton.failure, tokens, offsets, t.token_data,
+                automaton.failure, tokens, offsets, t.token_data, int(automaton.mapping.separators),
             )  # fmt: skip
             track_whole = tokens_with_whole_patterns(
                 t.trans, base, automaton.num_classes, automaton.class_of, t.groups,
@@ -244,8 +246,9 @@ def _build(
     base: int,
     source: str,
 ) -> _Automaton:
-    patterns = [mapping.pattern(literal) for _, literal in literals]
-    pattern_rule = np.array([rule for rule, _ in literals], np.int32)
+    spelled = [(rule, mapping.patterns(literal)) for rule, literal in literals]
+    patterns = [pattern for _, found in spelled for pattern in found]
+    pattern_rule = np.array([rule for rule, found in spelled for _ in found], np.int32)
     data = np.frombuffer(bytearray(b"".join(patterns)), np.uint8)
     offsets = np.concatenate(
         [np.zeros(1, np.int64), np.cumsum(np.fromiter(map(len, patterns), np.int64))]
@@ -259,12 +262,20 @@ def _build(
             f"{MAX_TABLE_BYTES >> 20} MiB, the limit of this version. Split the list, drop long "
             f"patterns, or give fewer distinct characters."
         )
+    behind = np.zeros(0, np.int32)
+    if mapping.separators:
+        behind = states_behind(goto, class_of[SEPARATOR_BYTE])
+        if mapping.wrap:  # a separator begins a word as well as the mark does
+            goto[0, class_of[SEPARATOR_BYTE]] = goto[0, class_of[AFTER_NONWORD]]
     failure = fold_failure_links(goto)
+    if mapping.separators:
+        absorb_runs(goto, behind)
     first, following, suffix, best, groups = collect_outputs(
         len(goto), end_state, pattern_rule, rank, group, failure
     )
+    packed = pack_transitions(goto, groups, base, behind)
     return _Automaton(
-        mapping, data, offsets, pattern_rule, class_of, pack_transitions(goto, groups, base),
+        mapping, data, offsets, pattern_rule, class_of, packed,
         len(goto), num_classes, failure, first, following, suffix, best, groups,
     )  # fmt: skip
 
@@ -277,8 +288,8 @@ def _join(
     policy_tracks: list[int],
     rank: np.ndarray,
 ) -> Tables:
-    forms = tuple(dict.fromkeys(m.normalize for m in mappings if not m.is_identity))
-    characters = character_tables(forms)
+    mapped = tuple(m for m in mappings if not m.is_identity)
+    characters = character_tables(mapped)
     token_offsets = np.zeros((len(mappings), len(vocabulary) + 1), np.int32)
     token_data: list[np.ndarray] = []
     pending = np.zeros(len(vocabulary), np.uint32)
@@ -288,8 +299,8 @@ def _join(
             data, offsets = vocabulary.data, vocabulary.offsets
         else:
             data, offsets, pending = map_tokens(
-                vocabulary.data, vocabulary.offsets, int(mapping.wrap),
-                characters.page_of[forms.index(mapping.normalize)], characters.entries,
+                vocabulary.data, vocabulary.offsets, int(mapping.separators),
+                characters.page_of[mapped.index(mapping)], characters.entries,
                 characters.map_offsets, characters.map_data,
             )  # fmt: skip
         token_offsets[m] = offsets + used
@@ -353,9 +364,10 @@ def _join(
         raw_offsets=vocabulary.offsets,
         raw_data=vocabulary.data,
         mapping_form=np.array(
-            [-1 if m.is_identity else forms.index(m.normalize) for m in mappings], np.int64
+            [-1 if m.is_identity else mapped.index(m) for m in mappings], np.int64
         ),
         mapping_wrap=np.array([m.wrap for m in mappings], np.int64),
+        mapping_shrinks=np.array([m.separators + 2 * m.deletes for m in mappings], np.int64),
         page_of=characters.page_of,
         entries=characters.entries,
         map_offsets=characters.map_offsets,
