@@ -10,7 +10,7 @@ zero-width   deletes what is not seen: Default_Ignorable_Code_Point (zero-width 
              but signs that stand before a number, and control characters that are no white space.
 marks        NFD without combining marks (\\p{M}).
 confusables  the prototype of UTS #39, after NFD; ASCII letters too (m = rn, 1 = I = l, 0 = O).
-             Small capitals that UTS #39 keeps are their letters.
+             Small capitals that UTS #39 keeps are their letters; ь is b.
 case         full case folding.
 leet         `LEET`; the letters in it have no case (who writes b0mb for BOMB means both).
 separators   white space, dashes, connectors, dots and the like are one character, a space.
@@ -54,9 +54,10 @@ _SEPARATOR = regex.compile(
     r"[\p{White_Space}\p{Pd}\p{Pc}.,:;*/\\~·•‧․…⋅∙⸱・･。｡‣◦●∘⁃−\u2800]"
 )
 
-_SMALL_CAPITALS = {
+#: Look-alikes that UTS #39 keeps apart: small capitals, and the soft sign that passes for b.
+_LOOK_ALIKES = {
     **dict(zip("ᴀʙᴄᴅᴇꜰɢʜɪᴊᴋʟᴍɴᴏᴘꞯʀꜱᴛᴜᴠᴡʏᴢ", "abcdefghijklmnopqrstuvwyz", strict=True)),
-    "ⱻ": "e", "ᴎ": "n", "ᴙ": "r",
+    "ⱻ": "e", "ь": "b",
 }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ _ENCLOSED = dict(_enclosed())
 
 @cache
 def _prototypes() -> dict[str, str]:
-    """UTS #39's prototype of each character that has another one, small capitals included."""
+    """UTS #39's prototype of each character that has another one, `_LOOK_ALIKES` included."""
     path = resources.files("confusable_homoglyphs") / "confusables.json"
     listed = json.loads(path.read_text(encoding="utf-8"))
     # The library lists pairs in both directions; each class is a star around its prototype.
@@ -92,6 +93,8 @@ def _prototypes() -> dict[str, str]:
     for text, others in listed.items():
         for other in others:  # U+200E stands around right-to-left characters, for display
             parent[root(text.replace("\u200e", ""))] = root(other["c"].replace("\u200e", ""))
+    for text, letter in _LOOK_ALIKES.items():
+        parent[root(text)] = root(letter)
     classes: dict[str, list[str]] = {}
     for text in list(parent):
         classes.setdefault(root(text), []).append(text)
@@ -101,8 +104,6 @@ def _prototypes() -> dict[str, str]:
         best = min(members, key=lambda m: (-len(m), not m.isascii(), not m.islower(),
                                            not m.isalpha(), m))  # fmt: skip
         found.update({member: best for member in members if member != best})
-    for small, letter in _SMALL_CAPITALS.items():
-        found.setdefault(small, letter)
     return found
 
 
