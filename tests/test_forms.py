@@ -138,7 +138,9 @@ def test_separators_equal_a_plain_search(forms: tuple[str, ...], word: bool, see
     for _ in range(40):
         literals = rng.sample(LITERALS, rng.randint(1, 3))
         unique = list({readings(text, forms): text for text in literals}.values())
-        one = policy(rule("mask", *unique, forms=forms, word=word), rule("halt", "bom", forms=forms))
+        one = policy(
+            rule("mask", *unique, forms=forms, word=word), rule("halt", "bom", forms=forms)
+        )
         compiled = program(one, VOCABULARY)
         session = Session(compiled, 1)
         for _ in range(3):

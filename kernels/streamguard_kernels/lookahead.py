@@ -194,9 +194,7 @@ def build_own_ranges(
             for rest in range(i if again else i + 1, i + 2):
                 if end - rest > longest:
                     continue
-                first, last = _tokens_that_begin_with(
-                    pattern_data, rest, end, order, offsets, data
-                )
+                first, last = _tokens_that_begin_with(pattern_data, rest, end, order, offsets, data)
                 if first == last:
                     continue
                 if count == capacity:

@@ -50,9 +50,7 @@ _UNSEEN = regex.compile(
     r"--\p{Prepended_Concatenation_Mark}]"
 )
 # Not: | + ! (letters of leet), quotes, brackets, = < > & % and other signs that carry meaning.
-_SEPARATOR = regex.compile(
-    r"[\p{White_Space}\p{Pd}\p{Pc}.,:;*/\\~·•‧․…⋅∙⸱・･。｡‣◦●∘⁃−\u2800]"
-)
+_SEPARATOR = regex.compile(r"[\p{White_Space}\p{Pd}\p{Pc}.,:;*/\\~·•‧․…⋅∙⸱・･。｡‣◦●∘⁃−\u2800]")
 
 #: Look-alikes that UTS #39 keeps apart: small capitals, and the soft sign that passes for b.
 _LOOK_ALIKES = {

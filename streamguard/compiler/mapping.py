@@ -131,7 +131,9 @@ def _strings(mapping: Mapping) -> dict[int, bytes]:
 @cache
 def character_tables(mappings: tuple[Mapping, ...]) -> CharacterTables:
     """Tables for the given mappings, in that order. Up to a second a set of forms, cached."""
-    index_of: dict[bytes | None, int] = {None: 0}  # what a character is replaced by -> its index; 0 = the character itself
+    index_of: dict[bytes | None, int] = {
+        None: 0
+    }  # what a character is replaced by -> its index; 0 = the character itself
     strings = [b""]
     page_of = np.zeros((max(len(mappings), 1), 0x1100), np.int32)
     pages: dict[bytes, int] = {}
