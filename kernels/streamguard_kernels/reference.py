@@ -54,7 +54,7 @@ def spellings(literal: Sequence[str], separator: str) -> list[str]:
 
     literal  what each of its letters is mapped to, in order; of a separator, some `separator`s.
     """
-    words = " ".join("".join(literal).replace(separator, " ").split()).replace(" ", separator)
+    words = separator.join(filter(None, "".join(literal).split(separator)))
     letters = [letter.replace(separator, "") for letter in literal]
     kinds = [words, words.replace(separator, ""), separator.join(filter(None, letters))]
     return [kind for i, kind in enumerate(kinds) if kind and kind not in kinds[:i]]
