@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamguard.compiler.program import Program
-from streamguard.policy import Policy
+from streamguard.policy import NORMAL_FORMS, Policy
 from streamguard.scanner import Match, Scanner
 
 LITERALS = (
@@ -102,6 +102,8 @@ ALL_KINDS = policy(
     rule("mask", "Bomb", "straße", "s", case=True),
     rule("redirect", "bomb", "- b", "😀b", "b", word=True),
     rule("observe", "k", "İ", "o b", "ﬁ", "b", case=True, word=True),
+    rule("halt", "bo m", "1l", forms=NORMAL_FORMS, word=True),
+    rule("mask", "o b", "m", forms=("separators", "zero-width")),
 )
 ALL_KINDS_PROGRAM = program(ALL_KINDS)
 

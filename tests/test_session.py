@@ -44,6 +44,7 @@ MIXED = [
     rule("mask", "Bomb", "straße", "é", case=True),
     rule("redirect", "bomb", "- b", "😀b", word=True),
     rule("observe", "k", "İ", "o b", "ﬁ", case=True, word=True),
+    rule("observe", "bo mb", "o b", forms=("zero-width", "marks", "separators"), word=True),
 ]
 PROGRAM = program(policy(*MIXED))
 

@@ -170,14 +170,29 @@ def read_character(character: str, forms: tuple[str, ...]) -> str:
     return _read(character, frozenset(forms)) if forms else character
 
 
+class _Reader(dict[int, str]):
+    """What `str.translate` asks; fills itself."""
+
+    def __init__(self, forms: tuple[str, ...]) -> None:
+        self._forms = frozenset(forms)
+
+    def __missing__(self, code_point: int) -> str:
+        read = self[code_point] = _read(chr(code_point), self._forms)
+        return read
+
+
+@cache
+def _reader(forms: tuple[str, ...]) -> _Reader:
+    return _Reader(forms)
+
+
 def read_text(text: str, forms: tuple[str, ...]) -> str:
     """`text` character by character; runs of separators are left as they are."""
     if not forms:
         return text
     if forms == ("case",):
         return text.casefold()  # works character by character, and lists are long
-    chosen = frozenset(forms)
-    return "".join([_read(character, chosen) for character in text])
+    return text.translate(_reader(forms))
 
 
 def readings(literal: str, forms: tuple[str, ...]) -> tuple[str, ...]:
