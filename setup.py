@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.21",
     "safetensors>=0.4.3",
     "regex>=2024.4.16",
+    "confusable-homoglyphs>=3.3.1",
     "torch>=2.7",
 ]
 

@@ -268,7 +268,7 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
         forms = rule.normalize if own_forms else header.defaults.normalize
         _check_message(rule, place, problems)
         room = MAX_PATTERNS - num_patterns
-        literals = _patterns(rule, "case" in forms, place, base_dir, room, problems)
+        literals = _patterns(rule, tuple(forms), place, base_dir, room, problems)
         num_patterns += len(literals)
         resolved.append(
             Rule(
@@ -337,9 +337,15 @@ def _check_message(rule: RuleSchema, place: str, problems: Problems) -> None:
 
 
 def _patterns(
-    rule: RuleSchema, fold: bool, place: str, base_dir: Path, room: int, problems: Problems
+    rule: RuleSchema,
+    forms: tuple[str, ...],
+    place: str,
+    base_dir: Path,
+    room: int,
+    problems: Problems,
 ) -> tuple[str, ...]:
     """Merge and check the literals of a rule, of which `room` more fit into the policy."""
+    named = f"normalize [{', '.join(forms)}]"
     where_of: dict[str, int] = {}
     patterns: list[str] = []
     num_seen = 0
@@ -364,9 +370,17 @@ def _patterns(
         if fault:
             bad(f"{_at(where, rule)} {fault}")
             continue
-        first = where_of.setdefault(literal.casefold() if fold else literal, where)
+        read = _read(literal, forms)
+        if not read:
+            bad(
+                f"{_at(where, rule)} {show(literal)} is empty after {named}; an empty "
+                f"pattern would accept at every byte and block all output. Delete it, or take out "
+                f"the form that skips its characters."
+            )
+            continue
+        first = where_of.setdefault(read, where)
         if first != where:
-            after = " after normalize [case]" if fold else ""
+            after = f" after {named}" if forms else ""
             bad(
                 f"{_at(where, rule)} {show(literal)} repeats {_at(first, rule)}{after}; "
                 f"a pattern may occur once in a rule, or it would count twice. Delete one."
@@ -385,6 +399,15 @@ def _patterns(
             f"that can be used, and without would never act. The first: {first_fault}"
         )
     return tuple(patterns)
+
+
+def _read(literal: str, forms: tuple[str, ...]) -> str:
+    """What a literal is read as first of all; "" = none of its characters is left."""
+    if forms in ((), ("case",)):  # lists are long
+        return literal.casefold() if forms else literal
+    from streamguard.compiler.forms import readings
+
+    return next(iter(readings(literal, forms)), "")
 
 
 def _literals(

@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from streamguard.compiler.mapping import Mapping
+from streamguard.compiler.mapping import Mapping, mark
 from streamguard.policy import SEVERITY, Policy, Rule
 from streamguard.policy_errors import show
 
@@ -102,12 +102,22 @@ def _mapping(rule: Rule) -> Mapping:
     return Mapping(rule.normalize, rule.boundary)
 
 
+def _marked(mapping: Mapping, read: str) -> bytes:
+    """What was read as bytes; with marks as if it stood between non-word characters.
+
+    Marks stand around separators too: a word within a phrase then looks like that word alone.
+    """
+    return b"\xfe" + mark(read) + b"\xff" if mapping.wrap else read.encode()
+
+
 def _indexes(policy: Policy) -> dict[Mapping, _Index]:
     by_mapping: dict[Mapping, list[tuple[bytes, _Owner]]] = {}
     for index, rule in enumerate(policy.rules):
         mapping = _mapping(rule)
         entries = by_mapping.setdefault(mapping, [])
-        entries += [(mapping.pattern(text), _Owner(index, text)) for text in rule.literals]
+        for text in rule.literals:
+            owner = _Owner(index, text)
+            entries += [(_marked(mapping, read), owner) for read in mapping.readings(text)]
     return {mapping: _Index(entries) for mapping, entries in by_mapping.items()}
 
 
@@ -152,26 +162,34 @@ def _before(
         return SEVERITY.index(policy.rules[at].action), at
 
     for mapping, patterns in indexes.items():
-        if own.normalize and not mapping.normalize:
+        if not set(own.normalize) <= set(mapping.normalize):
             continue  # other spellings of the literal do not hold the pattern
-        text = mapping.pattern(literal)
-        if mapping.wrap and not own.wrap:
-            text = text[1:-1]  # nothing is known of the characters around it
-        for end, owner in patterns.occurrences(text):
-            other = policy.rules[owner.rule]
-            if owner.rule == index or other.action not in _BLOCKING:
-                continue
-            together = end == len(text) and mapping.wrap == own.wrap
-            wins = rank(owner.rule) < rank(index)
-            if wins or not together:
-                yield owner, wins
+        spellings = mapping.readings(literal) if own.normalize else (mapping.fold(literal),)
+        found: list[dict[_Owner, bool]] = []
+        for read in spellings:
+            text = _marked(mapping, read)
+            if mapping.wrap and not own.wrap:
+                text = text[1:-1]  # nothing is known of the characters around it
+            before: dict[_Owner, bool] = {}
+            for end, owner in patterns.occurrences(text):
+                other = policy.rules[owner.rule]
+                if owner.rule == index or other.action not in _BLOCKING:
+                    continue
+                together = end == len(text) and mapping.wrap == own.wrap
+                wins = rank(owner.rule) < rank(index)
+                if wins or not together:
+                    before[owner] = wins
+            found.append(before)
+        for owner in found[0] if found else ():
+            if all(owner in other for other in found):
+                yield owner, found[0][owner]
 
 
 def _own_message(
     policy: Policy, index: int, rule: Rule, indexes: dict[Mapping, _Index]
 ) -> Iterator[str]:
     for mapping, patterns in indexes.items() if rule.message else ():
-        for _, owner in patterns.occurrences(mapping.pattern(rule.message or "")):
+        for _, owner in patterns.occurrences(_marked(mapping, mapping.fold(rule.message or ""))):
             other = policy.rules[owner.rule]
             yield (
                 f"{_place(index, rule)}its message contains {show(owner.literal)} of rule "

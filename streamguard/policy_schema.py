@@ -43,11 +43,6 @@ _NOT_YET: dict[str, dict[str, str]] = {
         "prompt": "Use output, which checks what the model writes.",
         "both": "Use output, which checks what the model writes.",
     },
-    "normalize": {
-        form: "Use case, and write other spellings as literals of their own."
-        for form in NORMAL_FORMS
-        if form != "case"
-    },
     "key": {
         "regexes": "List the strings as literals.",
         "probe": "Use literals.",

@@ -40,10 +40,11 @@ class Scanner:
         num = self._hi - self._lo
         size = 1 << int(2 * program.max_depth + 64).bit_length()
         # One array, so that a checkpoint is one copy.
-        self._place = np.zeros(3 * num + 2, np.int64)
-        self._states, self._positions, self._quiet, self._pending = np.split(
-            self._place, [num, 2 * num, 3 * num]
+        self._place = np.zeros(5 * num + 2, np.int64)
+        self._states, self._positions, self._quiet, newest, self._pending = np.split(
+            self._place, [num, 2 * num, 3 * num, 5 * num]
         )
+        self._newest = newest.reshape(num, 2)
         self._states[:] = t.track_start[self._lo : self._hi]
         self._ring = np.zeros((num, size), np.int64)
         most = 0
@@ -91,7 +92,8 @@ class Scanner:
         while left:
             consumed, count = scan_kernel(
                 self._tables, self._lo, self._hi, data, self._position, self._states,
-                self._positions, self._ring, self._pending, self._found, int(final), self._reserve,
+                self._positions, self._ring, self._newest, self._pending, self._found, int(final),
+                self._reserve,
             )  # fmt: skip
             data = data[consumed:]
             # The end is a step of its own, but no byte.

@@ -83,6 +83,10 @@ class Session:
             bool(t.mapping_wrap[t.track_mapping[lo:hi]].any())
             for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
         ]
+        self._shrinks = [
+            bool(t.mapping_shrinks[t.track_mapping[lo:hi]].any())
+            for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
+        ]
         self._masks = np.array([program.uses(MASK, p) for p in range(len(wraps))])
         self._stops = np.array([program.uses(STOP, p) for p in range(len(wraps))])
         self._masking = np.where(self._stops | np.array(wraps), WALKED, RANGES_SUFFICE)
@@ -134,7 +138,7 @@ class Session:
         lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
         mine.state[slot, : hi - lo] = t.track_start[lo:hi]
         mine.end_tokens[slot] = -1  # what ends the text does not end its prompt
-        tail = self._tail(prompt, hide_special_tokens)
+        tail = self._tail(p, prompt, hide_special_tokens)
         if len(tail):
             if len(tail) < len(prompt):
                 # In the middle of a text nothing is known of the character before the tail.
@@ -327,9 +331,11 @@ class Session:
         for call in (self._advance_call, self._peek_call):
             call[:2] = self._tables_at, self._slots_at
 
-    def _tail(self, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
+    def _tail(self, p: int, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:
         """The last tokens of the prompt that can still matter: they hold as much as a pattern."""
         t = self._tables
+        if self._shrinks[p]:
+            return prompt  # a pattern may begin any number of skipped characters ago
         num_bytes = t.raw_offsets[prompt + 1] - t.raw_offsets[prompt]
         if hidden:
             num_bytes[t.token_special[prompt] != 0] = 0

@@ -34,6 +34,8 @@ PIECES = [
     "é".encode(), "É".encode(), "straße".encode(), b"STRASS", b"se", b"E", "İ".encode(),
     b"\xa9 bo", b"\xc3", b"b\xc3", b"\x9f\x98", b"\x98\x80 b", b"\xe2\x82", b"\xacmb", b"\x82\xac",
     b"\xed\xa0", b"\xf0\x9f\x98\x80", b"o\xf0\x9f", b"\x80\x80\x80", b"",
+    "о".encode(), "ｂ".encode(), b"0m", b"8", "\u200b".encode(), "b\u00ad".encode(), b". ", b"o.m", b" - b",
+    "\u0301".encode(), "b\u0301".encode(), "ⓑ".encode(), b"b ", b"b_b",
     b" secret", b"sec", b"ret", b" a b c", b"  ", "ﬃ".encode(), b"ffi", b"o m",
 ]  # fmt: skip
 VOCABULARY = Vocabulary(
@@ -66,6 +68,12 @@ POLICIES = {
     "folded-mask": [
         rule("fold", "mask", ["strasse", "ffi", "é"], normalize=["case"]),
         rule("word", "mask", ["bo", "b é"], boundary="word"),
+    ],
+    "evasive": [
+        rule("spaced", "mask", ["bomb", "o m"], normalize=["case", "zero-width", "separators"]),
+        rule("alike", "halt", ["bornb", "abba"], normalize=["case", "confusables", "leet"]),
+        rule("words", "redirect", ["bo mb", "a"], normalize=["separators"], boundary="word"),
+        rule("wide", "mask", ["ab", "ﬃ"], normalize=["width", "marks"], boundary="word"),
     ],
     "see": [
         # More rules than fit one int64: those that complete together lie far apart.
@@ -162,7 +170,7 @@ class Engine:
         prompt = [self.token() for _ in range(rng.randrange(7))]
         ends = rng.sample([EOS, STOP_ID, PIECES.index(b".") + len(SPECIALS)], rng.randrange(4))
         request = Request(
-            rng.choice([None, *self.program.policies, "default", "default", "default"]),
+            rng.choice([None, *self.program.policies, "default", "default", "evasive", "evasive"]),
             prompt,
             len(prompt),
             min(MAX_LEN, len(prompt) + rng.choice([3, 9, 30])),

@@ -39,7 +39,19 @@ KINDS = ("byte_level_bpe", "byte_fallback", "unigram")
 NUM_ROWS = 64
 MOST_TOKENS = 40
 #: What patterns are made of beside the tokens' own texts.
-UNICODE = "😀 中文 é e\u0301 ß İ \u212a ﬁ б 💣 \u200d ſ - ".split(" ")
+UNICODE = "😀 中文 é e\u0301 ß İ \u212a ﬁ б 💣 \u200d ſ - о ｂ 0 … \u200b".split(" ")
+#: What an evader puts between letters, and in place of them.
+BETWEEN = (" ", ".", "-", "\n", "  ", "\u200b", "\u00ad", "\u0301")
+INSTEAD = {
+    "a": "4а@",
+    "b": "8ｂ",
+    "e": "3еé",
+    "i": "1l!",
+    "l": "1I|",
+    "o": "0оⓞ",
+    "s": "$5",
+    "m": "ᴍ",
+}
 
 
 @dataclass
@@ -146,6 +158,13 @@ class Model:
         rng = self.rng
         if rng.random() < 0.3:
             literal = rng.choice([literal.upper(), literal.lower(), literal.casefold()])
+        if rng.random() < 0.3:
+            literal = "".join(
+                rng.choice(INSTEAD[c]) if c in INSTEAD and rng.random() < 0.3 else c
+                for c in literal
+            )
+        if rng.random() < 0.3:
+            literal = rng.choice(BETWEEN).join(literal)
         if rng.random() < 0.3:
             literal += rng.choice(self.texts)
         if rng.random() < 0.3:

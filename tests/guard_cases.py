@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from streamguard.compiler.forms import read_character, readings
 from streamguard.compiler.mapping import Mapping, is_word_character
 from streamguard.compiler.program import Program, compile_program
 from streamguard.compiler.vocabulary import Vocabulary
-from streamguard.policy import Policy, PolicySet, Rule
+from streamguard.policy import NORMAL_FORMS, Policy, PolicySet, Rule
 from streamguard.session import Session
-from streamguard_kernels.reference import find_matches
+from streamguard_kernels.reference import find_matches, spellings
 
 BLOCKING = ("mask", "halt", "redirect")
 #: Characters that fold to others, to several, to shorter ones, or join and part words.
-ODD = "aAbBoOmMsSkK ß İ \u212a ſ ﬁ é ́ - _ . 1 😀 中 бо Σ ς \n"
+ODD = "aAbBoOmMsSkK ß İ \u212a ſ ﬁ é ́ - _ . 1 😀 中 бо Σ ς \n\u200b\u00ad0|!ｂⓜоᴍ…—í\U0001d41b"
 EVERY_BYTE = tuple(bytes([byte]) for byte in range(256))
 #: Vocabulary that most hand-made tests use: every byte, pieces of words, characters cut in two.
 PIECES = (
@@ -30,12 +32,14 @@ PIECES = (
 SPECIALS = (b"<s>", b"</s>", b"<bomb>", b"om", b" ")
 
 
-def rule(action: str, *literals: str, case: bool = False, word: bool = False) -> dict[str, Any]:
+def rule(
+    action: str, *literals: str, case: bool = False, word: bool = False, forms: Sequence[str] = ()
+) -> dict[str, Any]:
     """One rule of a policy file."""
     return {
         "action": action,
         "literals": list(dict.fromkeys(literals)),
-        "normalize": ["case"] if case else [],
+        "normalize": ["case"] if case else list(forms),
         "boundary": "word" if word else "none",
         **({"message": "no"} if action == "redirect" else {}),
     }
@@ -57,22 +61,40 @@ def vocabulary(tokens: Sequence[bytes], specials: Sequence[bytes] = SPECIALS) ->
     return Vocabulary((*tokens, *specials), flags, (len(tokens) + 1,) if len(specials) > 1 else ())
 
 
+def distinct(literals: Iterable[str], forms: Sequence[str]) -> list[str]:
+    """One literal of each that are one after these normal forms; a rule refuses the others."""
+    ordered = tuple(form for form in NORMAL_FORMS if form in forms)
+    found = {next(iter(readings(text, ordered)), ""): text for text in literals}
+    return [text for read, text in found.items() if read]
+
+
+#: Sets of normal forms that random rules draw from; each takes time to make tables for.
+FORMS: tuple[tuple[str, ...], ...] = (
+    *((form,) for form in NORMAL_FORMS), ("case", "confusables"), ("zero-width", "separators"),
+    ("case", "leet", "separators"), NORMAL_FORMS,
+)  # fmt: skip
+
+
+def random_forms(rng: random.Random) -> tuple[str, ...]:
+    return () if rng.random() < 0.3 else rng.choice(FORMS)
+
+
 def random_rules(
-    rng: random.Random, literals: Sequence[str], num_rules: int
+    rng: random.Random,
+    literals: Sequence[str],
+    num_rules: int,
+    draw_forms: Callable[[random.Random], tuple[str, ...]] | None = None,
 ) -> list[dict[str, Any]]:
     """Rules with every action and mapping over the given literals."""
+    draw_forms = draw_forms or random_forms
     rules = []
-    for _ in range(num_rules):
-        case = rng.random() < 0.4
-        chosen = rng.sample(literals, min(len(literals), rng.randint(1, 4)))
-        # A rule refuses literals that are one after its normal forms.
-        unique = {(text.casefold() if case else text): text for text in chosen}
-        rules.append(
-            rule(
-                rng.choice([*BLOCKING, "observe"]), *unique.values(),
-                case=case, word=rng.random() < 0.4,
-            )
-        )  # fmt: skip
+    while len(rules) < num_rules:
+        forms = draw_forms(rng)
+        chosen = distinct(rng.sample(literals, min(len(literals), rng.randint(1, 4))), forms)
+        if chosen:
+            word = rng.random() < 0.4
+            action = rng.choice([*BLOCKING, "observe"])
+            rules.append(rule(action, *chosen, forms=forms, word=word))
     return rules
 
 
@@ -116,13 +138,33 @@ def matches(
     ended False = more may follow, so a word at the very end of the text is not yet one.
     """
     mapping = Mapping(what.normalize, what.boundary)
-    found = find_matches(
+    separators = "separators" in what.normalize
+    return find_matches(
         text,
-        [(index, literal) for literal in what.literals],
-        map_character=mapping.fold,
+        [(index, read) for literal in what.literals for read in spelled(literal, what.normalize)],
+        map_character=lambda c: read_character(c, what.normalize),
         is_word=is_word_character if mapping.wrap else None,
+        separator=" " if separators else "",
+        ended=ended,
     )
-    return [m for m in found if ended or not mapping.wrap or m[0] < len(text)]
+
+
+def spelled(literal: str, forms: tuple[str, ...]) -> list[str]:
+    """What a literal may be read as, put together here anew from its characters."""
+    cases = [literal]
+    if {"case", "confusables"} <= set(forms):
+        cases += [literal.casefold(), literal.upper(), literal.title()]
+    found: list[str] = []
+    for case in cases:
+        letters: list[str] = []
+        for character in case:
+            read = read_character(character, forms)
+            if letters and unicodedata.category(character)[0] == "M":
+                letters[-1] += read
+            else:
+                letters.append(read)
+        found += spellings(letters, " ") if "separators" in forms else ["".join(letters)]
+    return list(dict.fromkeys(found))
 
 
 class TextOracle:

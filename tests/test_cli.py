@@ -243,6 +243,28 @@ def test_check_with_a_tokenizer_says_what_the_policy_compiles_to(
     assert f"{compiled['spare_ids']} spare token ids" in plain
 
 
+def test_check_explains_what_the_forms_cost_and_take_as_equal(tmp_path: Path) -> None:
+    path, text = tmp_path / "policy.yaml", tmp_path / "text.txt"
+    path.write_text(
+        "version: 1\nrules:\n"
+        "  - {id: evasive, literals: [bomb it], action: halt, normalize: [case, leet, separators]}\n"
+        "  - {id: exact, literals: [bomb it], action: halt, boundary: word}\n"
+    )
+    text.write_text("bomb it. Bomb it, 8omb\nit, bomb it")
+    result = run("check", path, "--explain", "--text", text)
+    assert result.exit_code == 0
+    assert "I L i l ! 1 |" in result.stdout
+    assert "case, leet, separators (evasive):" in result.stdout
+    evasive, exact = json.loads(run("check", path, "--text", text, "--json").stdout)["explained"]
+    assert evasive["hits"] == {"none": 2, "as written": 4, "case": 3, "leet": 3, "separators": 2}
+    assert (evasive["patterns"], evasive["tracks"]) == (3, 1)
+    assert exact["hits"] == {"none": 2, "as written": 2}
+    assert (exact["patterns"], exact["tracks"], exact["alike"]) == (1, 2, [])
+    refused(
+        run("check", path, "--text", tmp_path / "no"), "--text needs a file", "Correct the path"
+    )
+
+
 def test_check_refuses_a_tokenizer_that_cannot_be_loaded(policy: Path, tmp_path: Path) -> None:
     refused(
         run("check", policy, "--tokenizer", tmp_path / "none"), "TokenizerError: ", "tokenizer.json"

@@ -30,6 +30,7 @@ ALL = np.arange(len(VOCABULARY))
 LITERALS = (
     "bomb", "omb", "b", "bob", "o b", "ss", "straße", "k", "ﬁ", "e\u0301", "中文", "😀b", "é",
     "-b", "- -", "\u0301", " ", "bo mb", "b om", "mb b", "sſ", "</s>", "b</s>", "bomber -bomb",
+    "kill him", "b.o-m", "1l", "Νο", "m",
 )  # fmt: skip
 LETTERS = "ab o-ß\u212ak中😀é"
 STOPS = ("halt", "redirect")

@@ -164,10 +164,6 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
         in_rule(LITERALS + "\n    boundary: words"),
         ['unknown boundary "words"', "allowed: none, word", 'Did you mean "word"?'],
     ),
-    "later normal form": (
-        in_rule(LITERALS + "\n    normalize: [case, leet]"),
-        ['normalize "leet" is not supported by this version', "allowed: case"],
-    ),
     "unknown normal form": (
         in_rule(LITERALS + "\n    normalize: [cases]"),
         ['unknown normalize "cases"', "allowed: case", 'Did you mean "case"?'],
@@ -215,6 +211,14 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "duplicate after case folding": (
         in_rule("literals: [STRASSE, straße]\n    normalize: [case]"),
         ['pattern 1 "straße" repeats pattern 0 after normalize [case]'],
+    ),
+    "duplicate after separators": (
+        in_rule("literals: [a b, a-b]\n    normalize: [leet, separators]"),
+        ['pattern 1 "a-b" repeats pattern 0 after normalize [leet, separators]'],
+    ),
+    "nothing left": (
+        in_rule('literals: ["\\u200b"]\n    normalize: [zero-width]'),
+        ["is empty after normalize [zero-width]", "block all output", "Delete it"],
     ),
     "replacement character": (
         in_rule('literals: ["caf\ufffd"]'),

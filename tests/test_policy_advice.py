@@ -37,6 +37,18 @@ SHADOWED = {
         {"literals": ["foo"], "boundary": "word"},
         {"literals": ["foo b"], "boundary": "word"},
     ),
+    "other spellings that the first rule reads too": (
+        {"literals": ["b0mb"], "normalize": ["case", "leet"]},
+        {"literals": ["a Bomb"], "normalize": ["case"]},
+    ),
+    "a word in a phrase with separators": (
+        {"literals": ["foo"], "boundary": "word", "normalize": ["separators"]},
+        {"literals": ["a, foo."]},
+    ),
+    "letters with separators": (
+        {"literals": ["foo"], "normalize": ["separators"]},
+        {"literals": ["xf-o-oy"]},
+    ),
     "the same pattern twice": ({"literals": ["foo"]}, {"literals": ["foo"]}),
     "the same end, less severe": (
         {"literals": ["foo"]},
@@ -50,6 +62,14 @@ REACHED = {
     "other spellings get through": (
         {"literals": ["foo"]},
         {"literals": ["foo bar"], "normalize": ["case"]},
+    ),
+    "spellings of another form": (
+        {"literals": ["bomb"], "normalize": ["leet"]},
+        {"literals": ["a bomb"], "normalize": ["case", "leet"]},
+    ),
+    "a phrase whose spaces may be missing": (
+        {"literals": ["foo"], "boundary": "word", "normalize": ["separators"]},
+        {"literals": ["foo ba"], "normalize": ["separators"]},
     ),
     "no word of its own": ({"literals": ["foo"], "boundary": "word"}, {"literals": ["foobar"]}),
     "perhaps within a word": ({"literals": ["foo"], "boundary": "word"}, {"literals": ["foo b"]}),

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamguard.compiler.program import Program
-from streamguard.policy import Policy
+from streamguard.policy import NORMAL_FORMS, Policy
 from streamguard.scanner import Match, Scanner
 
 LITERALS = (
     "bomb", "omb", "b", "bob", "o b", "ss", "straße", "i\u0307", "k", "ﬁ", "e\u0301", "中文", "😀b",
-    "-b", "- -", "\u0301", " ", "bo mb", "1.0", "Sſ",
+    "-b", "- -", "\u0301", " ", "bo mb", "1.0", "Sſ", "kill him", "b o", "b.o-m", "1l", "vіа", "Νο", "m",
 )  # fmt: skip
 #: One broken sequence of each kind, each a single U+FFFD.
 BROKEN = (b"\xff", b"\x80", b"\xc3", b"\xe4\xbd", b"\xf0\x9f\x98", b"\xc0")
@@ -102,6 +102,8 @@ ALL_KINDS = policy(
     rule("mask", "Bomb", "straße", "s", case=True),
     rule("redirect", "bomb", "- b", "😀b", "b", word=True),
     rule("observe", "k", "İ", "o b", "ﬁ", "b", case=True, word=True),
+    rule("halt", "bo m", "1l", forms=NORMAL_FORMS, word=True),
+    rule("mask", "o b", "m", forms=("separators", "zero-width")),
 )
 ALL_KINDS_PROGRAM = program(ALL_KINDS)
 

@@ -13,6 +13,7 @@ from guard_cases import (
     PIECES,
     SPECIALS,
     TextOracle,
+    distinct,
     fill,
     policy,
     program,
@@ -35,7 +36,7 @@ START, EOS, SHOWN_BOMB, SHOWN_OM, SHOWN_SPACE = range(len(PIECES), len(VOCABULAR
 KELVIN = "\u212a"  # three bytes that fold to one
 LITERALS = (
     "bomb", "omb", "b", "bob", "Bomb", "o b", "ss", "straße", "i\u0307", "k", "\u212a", "ﬁ",
-    "e\u0301", "é",
+    "e\u0301", "é", "kill him", "b o", "b.o-m", "1l", "vіа", "Νο", "m",
     "中文", "😀b", "-b", "b-", "- -", "_b", "\u0301", " ", "bo mb", "fi", "S", "ombomb", "1.0",
 )  # fmt: skip
 MIXED = [
@@ -43,6 +44,7 @@ MIXED = [
     rule("mask", "Bomb", "straße", "é", case=True),
     rule("redirect", "bomb", "- b", "😀b", word=True),
     rule("observe", "k", "İ", "o b", "ﬁ", case=True, word=True),
+    rule("observe", "bo mb", "o b", forms=("zero-width", "marks", "separators"), word=True),
 ]
 PROGRAM = program(policy(*MIXED))
 
@@ -109,7 +111,7 @@ def test_hits_equal_a_plain_search_after_every_token(
     num_hits = 0
     for _ in range(40):
         drawn = rng.sample(LITERALS, 8)
-        unique = {(text.casefold() if case else text): text for text in drawn}.values()
+        unique = distinct(drawn, ["case"] if case else [])
         compiled = program(policy(rule("halt", *unique, case=case, word=word)), VOCABULARY)
         num_hits += check_against_oracle(compiled, rng, hidden=hidden)
     assert num_hits

@@ -204,13 +204,37 @@ ALL_KINDS = policy(
 ALL_KINDS_PROGRAM = program(ALL_KINDS)
 
 
+def case_or_none(rng: random.Random) -> tuple[str, ...]:
+    return rng.choice([(), ("case",)])
+
+
+def test_under_every_normal_form_no_match_is_ever_shown(seed: int) -> None:
+    rng = random.Random(seed)
+    num_cut = 0
+    for _ in range(150):
+        compiled = program(policy(*random_rules(rng, LITERALS, rng.randint(1, 3))))
+        noise = [rng.choice(["", "", "\u200b", " ", " . ", "\u0301", "0"]) for _ in range(40)]
+        text = "".join(c + rng.choice(noise) for c in random_data(rng, 8, broken=False).decode())
+        whole = run(compiled, [text])
+        num_cut += whole[0] != text
+        assert run(compiled, pieces(rng, text, rng.choice([1, 3]))) == whole
+        shown, stream = "", TextStream(compiled, 0)
+        for character in text:
+            shown += stream.feed(character)
+            assert not closed_matches(compiled, shown.encode()), (compiled.rules, text, shown)
+        if not closed_matches(compiled, text.encode()):
+            assert whole[0] == text
+    assert num_cut
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_after_every_piece_exactly_what_the_reference_shows_is_shown(
     broken: bool, seed: int
 ) -> None:
     rng = random.Random(f"{seed} {broken}")
     for _ in range(150):
-        one = policy(*random_rules(rng, LITERALS, rng.randint(1, 4)))
+        # The reference knows no runs of separators and no characters that are skipped.
+        one = policy(*random_rules(rng, LITERALS, rng.randint(1, 4), case_or_none))
         compiled = program(one)
         data = random_data(rng, 8, broken=broken)
         stream, reference = TextStream(compiled, 0), Reference(one)

@@ -62,8 +62,10 @@ class Tables(NamedTuple):
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
     raw_data         uint8[num_raw_bytes]
-    mapping_form     int64[num_mappings]        -1 = raw bytes, else a page of `page_of`
+    mapping_form     int64[num_mappings]        -1 = raw bytes, else a row of `page_of`
     mapping_wrap     int64[num_mappings]        1 = marks around non-word characters
+    mapping_shrinks  int64[num_mappings]        bit 0: runs of SEPARATOR_BYTE are read as one;
+                                                bit 1: characters may map to nothing
     page_of          int32[num_forms, 0x1100]   see `utf8.map_character`
     entries          int32[num_pages * 256]
     map_offsets      int64[num_strings + 1]
@@ -98,19 +100,20 @@ class Tables(NamedTuple):
     raw_data: np.ndarray
     mapping_form: np.ndarray
     mapping_wrap: np.ndarray
+    mapping_shrinks: np.ndarray
     page_of: np.ndarray
     entries: np.ndarray
     map_offsets: np.ndarray
     map_data: np.ndarray
 
 
-_TABLES = "u b l l l l l b l i i i i b i i i i i b u b u b l b l l i i l b"
+_TABLES = "u b l l l l l b l i i i i b i i i i i b u b u b l b l l l i i l b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[32, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[33, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 
@@ -210,7 +213,7 @@ def _feed_character(packed, packed_slots, lo, hi, code_point, best, row):
         if form < 0:
             continue
         n = map_character(
-            code_point, t.mapping_wrap[mapping], t.page_of[form * 0x1100 : (form + 1) * 0x1100],
+            code_point, t.page_of[form * 0x1100 : (form + 1) * 0x1100],
             t.entries, t.map_offsets, t.map_data, s.buffer,
         )  # fmt: skip
         s.scratch[track - lo], best = _feed_mapped(

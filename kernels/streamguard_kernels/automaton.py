@@ -90,6 +90,32 @@ def fold_failure_links(goto):
 
 
 @compiled
+def absorb_runs(goto, ends_in):
+    """Let every state behind a separator stay where it is when another one follows; in place.
+
+    goto  int32[num_states, num_classes], complete. ends_in int32[num_states]: from
+    `states_behind`. A state that ends in none has moved to one that does, or to the root.
+    """
+    for state in range(goto.shape[0]):
+        if ends_in[state]:
+            goto[state, ends_in[state]] = state
+
+
+@compiled
+def states_behind(goto, class_):
+    """Which states end in a byte of `class_`: int32[num_states], the class or 0.
+
+    goto  int32[num_states, num_classes]: children only, from `build_trie`.
+    """
+    behind = np.zeros(goto.shape[0], np.int32)
+    for state in range(goto.shape[0]):
+        child = goto[state, class_]
+        if child > state:
+            behind[child] = class_
+    return behind
+
+
+@compiled
 def collect_outputs(num_states, end_state, pattern_rule, rule_rank, rule_group, failure):
     """Say for every state which patterns end there.
 
@@ -128,15 +154,19 @@ def collect_outputs(num_states, end_state, pattern_rule, rule_rank, rule_group, 
 
 
 @compiled
-def pack_transitions(goto, groups, base):
-    """Flatten to uint32: the next row's start in a table that begins at `base`, bit 31 = a hit."""
+def pack_transitions(goto, groups, base, ends_in):
+    """Flatten to uint32: the next row's start in a table that begins at `base`, bit 31 = a hit.
+
+    ends_in  int32[num_states] or empty: see `absorb_runs`. What is absorbed completes nothing anew.
+    """
     num_states, num_classes = goto.shape
     packed = np.empty(num_states * num_classes, np.uint32)
     for state in range(num_states):
+        silent = ends_in[state] if ends_in.shape[0] else 0
         for c in range(num_classes):
             target = goto[state, c]
             value = np.uint32(base + np.int64(target) * num_classes)
-            if groups[target]:
+            if groups[target] and not (silent != 0 and c == silent):
                 value |= HIT
             packed[state * num_classes + c] = value
     return packed

@@ -465,7 +465,7 @@ def _feed_character(t, lane, state, code_point, live, best, seen, window, RECORD
     code_point = tl.where(live, code_point, 0)
     table = tl.load(t.page_of + tl.maximum(lane[5], 0) * _PAGES + (code_point >> 8))
     entry = tl.load(t.entries + table * 256 + (code_point & 0xFF))
-    marks = tl.where(lane[6] != 0, entry & 1, 0)
+    marks = entry & 1
     string = entry >> 1
     begin = tl.load(t.map_offsets + string)
     size = 1 + (code_point >= 0x80).to(tl.int32) + (code_point >= 0x800).to(tl.int32)

@@ -26,7 +26,7 @@ from streamguard_kernels.advance import (
 )
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
-from streamguard_kernels.utf8 import REPLACEMENT, map_character
+from streamguard_kernels.utf8 import REPLACEMENT, SEPARATOR_BYTE, map_character
 
 _WALK = 4
 #: How a policy's mask rules are applied.
@@ -142,16 +142,40 @@ def token_order(offsets, data, skip):
     return order
 
 
+@borrowing
+def _tokens_that_begin_with(text, begin, end, order, offsets, data):
+    """Where in `order` the tokens lie whose bytes begin with text[begin:end]: (first, last + 1)."""
+    low, high = 0, order.shape[0]
+    while low < high:
+        middle = (low + high) // 2
+        token = order[middle]
+        if _compare(text, begin, end, data, offsets[token], offsets[token + 1]) > 0:
+            low = middle + 1
+        else:
+            high = middle
+    first = low
+    high = order.shape[0]
+    while low < high:
+        middle = (low + high) // 2
+        token = order[middle]
+        if _compare(text, begin, end, data, offsets[token], offsets[token + 1]) >= 0:
+            low = middle + 1
+        else:
+            high = middle
+    return first, low
+
+
 @compiled
 def build_own_ranges(
     pattern_data, pattern_offsets, wanted, shortest, trans, base, num_classes, num_states, class_of,
-    failure, order, offsets, data,
+    failure, order, offsets, data, separators,
 ):  # fmt: skip
     """Ranges of every state's own pattern rests.
 
     pattern_data, pattern_offsets  the track's mapped patterns; wanted uint8[num_patterns] picks the
     group, shortest the rests: those of at least so many bytes.
     order, offsets, data           the track's token order and mapped token bytes.
+    separators                     1 = runs of SEPARATOR_BYTE are read as one.
     Returns own_offsets int64[num_states + 1], own int32[num_ranges, 2], link int32[num_states].
     """
     longest = 0
@@ -168,38 +192,25 @@ def build_own_ranges(
         state = np.int64(base)
         for i in range(begin, end - 1):
             state = np.int64(trans[state + class_of[pattern_data[i]]]) & STATE_MASK
-            if end - i - 1 > longest or end - i - 1 < shortest:
+            if end - i - 1 < shortest:
                 continue
-            low, high = 0, order.shape[0]
-            while low < high:
-                middle = (low + high) // 2
-                token = order[middle]
-                if _compare(pattern_data, i + 1, end, data, offsets[token], offsets[token + 1]) > 0:
-                    low = middle + 1
-                else:
-                    high = middle
-            first = low
-            high = order.shape[0]
-            while low < high:
-                middle = (low + high) // 2
-                token = order[middle]
-                if (
-                    _compare(pattern_data, i + 1, end, data, offsets[token], offsets[token + 1])
-                    >= 0
-                ):
-                    low = middle + 1
-                else:
-                    high = middle
-            if low == first:
-                continue
-            if count == capacity:
-                capacity *= 2
-                more_keys, more_ends = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
-                more_keys[:count], more_ends[:count] = keys[:count], ends[:count]
-                keys, ends = more_keys, more_ends
-            keys[count] = (((state - base) // num_classes) << 32) | first
-            ends[count] = low
-            count += 1
+            # Behind a separator a token may begin with more of them: as if the rest began there.
+            again = separators and pattern_data[i] == SEPARATOR_BYTE
+            for rest in range(i if again else i + 1, i + 2):
+                if end - rest > longest:
+                    continue
+                first, last = _tokens_that_begin_with(pattern_data, rest, end, order, offsets, data)
+                if first == last:
+                    continue
+                if count == capacity:
+                    capacity *= 2
+                    more_keys = np.empty(capacity, np.int64)
+                    more_ends = np.empty(capacity, np.int64)
+                    more_keys[:count], more_ends[:count] = keys[:count], ends[:count]
+                    keys, ends = more_keys, more_ends
+                keys[count] = (((state - base) // num_classes) << 32) | first
+                ends[count] = last
+                count += 1
     by_key = np.argsort(keys[:count])
     own = np.empty((count, 2), np.int32)
     own_offsets = np.zeros(num_states + 1, np.int64)
@@ -313,9 +324,8 @@ def mark_forbidden(
             if pending != 0 and form >= 0:
                 # Tokens that do not go on with the unfinished character break it first.
                 n = map_character(
-                    REPLACEMENT, t.mapping_wrap[mapping],
-                    t.page_of[form * 0x1100 : (form + 1) * 0x1100],
-                    t.entries, t.map_offsets, t.map_data, s.buffer,
+                    REPLACEMENT, t.page_of[form * 0x1100 : (form + 1) * 0x1100], t.entries,
+                    t.map_offsets, t.map_data, s.buffer,
                 )  # fmt: skip
                 completed = False
                 for i in range(n):

@@ -10,6 +10,7 @@ from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
     MAX_MAPPED_BYTES,
     REPLACEMENT,
+    SEPARATOR_BYTE,
     map_character,
     utf8_step,
 )
@@ -33,7 +34,7 @@ def most_matches_per_byte(first_pattern, next_pattern, suffix_link):
 
 @compiled
 def scan_kernel(
-    t, lo, hi, data, raw_position, states, positions, ring, pending, found, final, reserve
+    t, lo, hi, data, raw_position, states, positions, ring, newest, pending, found, final, reserve
 ):
     """Walk the tracks [lo, hi) over a stretch of raw bytes and report every match with its place.
 
@@ -41,6 +42,8 @@ def scan_kernel(
     states        int64[hi - lo], in/out. positions int64[hi - lo], in/out: mapped bytes fed so far.
     ring          int64[hi - lo, size], in/out: raw start of each recent mapped byte; size is a power
                   of two above twice the longest pattern.
+    newest        int64[hi - lo, 2], in/out: the last mapped byte that is no mark, and the raw end of
+                  the last one that is neither a mark nor a separator that parts words.
     pending       int64[2], in/out: unfinished character, raw offset of its first byte.
     found         int64[capacity, 4], out: known-at (raw offset whose byte made it certain), end,
                   rule, start.
@@ -75,6 +78,7 @@ def scan_kernel(
             mapping = t.track_mapping[track]
             form = t.mapping_form[mapping]
             wrap = t.mapping_wrap[mapping]
+            separators = t.mapping_shrinks[mapping] & 1
             k = track - lo
             if t.track_twin[track]:
                 continue
@@ -86,7 +90,6 @@ def scan_kernel(
                     first, last = began, here
                     n = map_character(
                         REPLACEMENT,
-                        wrap,
                         t.page_of[form],
                         t.entries,
                         t.map_offsets,
@@ -101,7 +104,6 @@ def scan_kernel(
                     first, last = char_start, here + 1
                     n = map_character(
                         code_point,
-                        wrap,
                         t.page_of[form],
                         t.entries,
                         t.map_offsets,
@@ -114,17 +116,21 @@ def scan_kernel(
                     n = 1
                 for j in range(n):
                     mark = buffer[j] >= 0xFE and form >= 0
-                    start = first
-                    if mark and j > 0:
-                        start = last  # FE stands after its character, FF before it
-                    ring[k, positions[k] & (size - 1)] = start
+                    parts = separators and buffer[j] == SEPARATOR_BYTE
+                    if parts and newest[k, 0] == SEPARATOR_BYTE:
+                        continue  # the automaton would stay where it is
+                    if not mark:
+                        newest[k, 0] = buffer[j]
+                    # A mark or a separator that ends a match is no part of it.
+                    end = newest[k, 1] if mark or parts else last
+                    newest[k, 1] = end
+                    ring[k, positions[k] & (size - 1)] = first
                     positions[k] += 1
                     entry = np.int64(t.trans[states[k] + t.class_of[track, buffer[j]]])
                     states[k] = entry & STATE_MASK
                     if entry & HIT_BIT:
                         index = (states[k] - t.track_base[track]) // t.track_classes[track]
                         first_state = t.track_states[track]
-                        end = first if mark and j == 0 else last
                         while True:  # the patterns of this state and of its suffixes
                             pattern = t.first_pattern[first_state + index]
                             while pattern >= 0:

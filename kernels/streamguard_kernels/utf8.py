@@ -15,8 +15,10 @@ REPLACEMENT = 0xFFFD
 #: Bytes that never occur in UTF-8, used as marks in the mapped stream of `boundary: word` tracks.
 AFTER_NONWORD = 0xFE
 BEFORE_NONWORD = 0xFF
-#: Most bytes that one character maps to: 3 of a full case folding (4 bytes each) and 2 marks fit.
-MAX_MAPPED_BYTES = 32
+#: What a run of separators is mapped to, where a mapping has them.
+SEPARATOR_BYTE = 0x20
+#: Most bytes that one character maps to: the 18 letters and spaces of U+FDFA, with marks, fit.
+MAX_MAPPED_BYTES = 64
 
 
 @borrowing
@@ -60,18 +62,18 @@ def utf8_step(pending, byte):
 
 
 @borrowing
-def map_character(code_point, wrap, page_of, entries, map_offsets, map_data, out):
+def map_character(code_point, page_of, entries, map_offsets, map_data, out):
     """Write the mapped bytes of one character to `out`, uint8[MAX_MAPPED_BYTES]; return the count.
 
     page_of      int32[0x1100]: code_point >> 8 -> page of `entries`.
-    entries      int32[num_pages * 256]: bit 0 = not a word character; the rest = index into
-                 `map_offsets`, 0 = the character stands for itself.
-    wrap         1 on `boundary: word` tracks: a non-word character c becomes FF c FE, so that
-                 "not preceded / followed by a word character" is a byte like any other and needs
-                 no look-behind (DESIGN section 3).
+    entries      int32[num_pages * 256]: the entry over 2 = index into `map_offsets` of the string
+                 that the character maps to, maybe an empty one; 0 = the character itself. Then bit
+                 0 puts marks around it: on `boundary: word` tracks a non-word character c becomes
+                 FF c FE, so that "not preceded / followed by a word character" is a byte like any
+                 other and needs no look-behind (DESIGN section 3). Strings hold their marks.
     """
     entry = entries[page_of[code_point >> 8] * 256 + (code_point & 0xFF)]
-    nonword = wrap != 0 and (entry & 1) == 1
+    nonword = (entry & 1) == 1
     n = 0
     if nonword:
         out[0] = BEFORE_NONWORD
@@ -106,10 +108,11 @@ def map_character(code_point, wrap, page_of, entries, map_offsets, map_data, out
 
 
 @compiled
-def map_tokens(data, offsets, wrap, page_of, entries, map_offsets, map_data):
+def map_tokens(data, offsets, separators, page_of, entries, map_offsets, map_data):
     """Map every token's bytes as if a character began with it.
 
     data, offsets  uint8[], int64[num_tokens + 1]: raw token bytes.
+    separators     1 = a run of SEPARATOR_BYTE within a token becomes a single one.
     Returns mapped uint8[], mapped_offsets int64[num_tokens + 1], pending uint32[num_tokens]: the
     unfinished character at each token's end (its bytes are not in `mapped` yet).
     """
@@ -130,15 +133,22 @@ def map_tokens(data, offsets, wrap, page_of, entries, map_offsets, map_data):
                 if turn == 1 and code_point < 0:
                     continue
                 cp = REPLACEMENT if turn == 0 else code_point
-                n = map_character(cp, wrap, page_of, entries, map_offsets, map_data, buffer)
+                n = map_character(cp, page_of, entries, map_offsets, map_data, buffer)
                 if used + n > capacity:
                     grown = np.empty(2 * capacity + n, np.uint8)
                     grown[:used] = mapped[:used]
                     mapped = grown
                     capacity = grown.shape[0]
                 for j in range(n):
-                    mapped[used + j] = buffer[j]
-                used += n
+                    if (
+                        separators
+                        and buffer[j] == SEPARATOR_BYTE
+                        and used > out_offsets[token]
+                        and mapped[used - 1] == SEPARATOR_BYTE
+                    ):
+                        continue
+                    mapped[used] = buffer[j]
+                    used += 1
         pending_out[token] = pending
         out_offsets[token + 1] = used
     return mapped[:used].copy(), out_offsets, pending_out

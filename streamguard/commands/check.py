@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from streamguard.commands import explain as explaining
 from streamguard.commands.terminal import (
     Lenient,
     count,
@@ -37,6 +39,18 @@ def command(
         ),
     ] = None,
     lenient: Lenient = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Say what each rule's normal forms cost and take as equal."),
+    ] = False,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --explain: count hits in this ordinary text, per normal form. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Validate a policy file or a folder of policies and print what is in it.
@@ -47,6 +61,7 @@ def command(
     \b
     Example:
       streamguard check policy.yaml --tokenizer models/SmolLM2-135M-Instruct
+      streamguard check policy.yaml --explain --text ordinary-answers.txt
     """
     from streamguard.policy_advice import advice
 
@@ -55,12 +70,20 @@ def command(
         f"{found.source}: {line}" for found in policies.policies.values() for line in advice(found)
     ]
     compiled = _compile(policies, tokenizer) if tokenizer is not None else None
+    explained = None
+    if explain or text:
+        with spinner("compiling each rule by itself"):
+            explained = explaining.explain(policies, text or ())
     if as_json:
         summary = _summary(policies)
+        more = {} if explained is None else {"explained": [asdict(one) for one in explained]}
         print(json.dumps({"source": str(policy), **summary, "compiled": compiled,
-                          "warnings": warnings}, indent=2))  # fmt: skip
+                          "warnings": warnings, **more}, indent=2))  # fmt: skip
         return
     _print(str(policy), policies, compiled)
+    if explained is not None:
+        print()
+        explaining.show(explained)
     for line in warnings[:MAX_WARNINGS]:
         warn(line)
     if len(warnings) > MAX_WARNINGS:

@@ -1,7 +1,7 @@
 """Mappings: what one character of the text stands for in the stream that an automaton reads.
 
-A mapping is a set of normal forms plus, for `boundary: word`, marks around non-word characters.
-It works character by character, so it needs no context beyond unfinished UTF-8.
+A mapping is a set of normal forms (`forms`) plus, for `boundary: word`, marks around non-word
+characters. It works character by character, so it needs no context beyond unfinished UTF-8.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from functools import cache
 import numpy as np
 import regex
 
-from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD
+from streamguard.compiler.forms import SEPARATOR, changed_characters, read_text, readings
+from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD, SEPARATOR_BYTE
 
 # Unicode TR18 \w: Alphabetic, marks, decimal numbers, connector punctuation, join controls. Marks
 # count, so that "bomb" in "bomb" + U+0301 is not a word of its own.
 _NONWORD = regex.compile(r"\W")
 _WORDS = regex.compile(r"\w+")
 _BEFORE, _AFTER = bytes([BEFORE_NONWORD]), bytes([AFTER_NONWORD])
-#: No character above is changed by case folding (Unicode 16; a test looks at all of them).
-_LAST_FOLDED = 0x1FFFF
+_SEPARATOR = SEPARATOR.encode()
+_IS_SEPARATOR = regex.compile(f"{SEPARATOR}+")
 
 
 def is_word_character(character: str) -> bool:
@@ -40,29 +41,61 @@ class Mapping:
         return self.boundary == "word"
 
     @property
+    def separators(self) -> bool:
+        """Whether a run of separators is one byte, which parts words without marks of its own."""
+        return "separators" in self.normalize
+
+    @property
+    def deletes(self) -> bool:
+        """Whether some characters are read as nothing."""
+        return "zero-width" in self.normalize or "marks" in self.normalize
+
+    @property
     def is_identity(self) -> bool:
         return not self.normalize and not self.wrap
 
     def fold(self, text: str) -> str:
-        """Apply the normal forms. Full case folding works character by character."""
-        return text.casefold() if "case" in self.normalize else text
+        """Apply the normal forms; runs of separators become one."""
+        read = read_text(text, self.normalize)
+        return _IS_SEPARATOR.sub(SEPARATOR, read) if self.separators else read
 
-    def pattern(self, literal: str) -> bytes:
-        """The bytes that the automaton must see where `literal` stands in the text."""
-        if not self.wrap:
-            return self.fold(literal).encode()
-        pieces = regex.split(r"(\W)", literal)
-        words = [self.fold(piece).encode() for piece in pieces]
-        for i in range(1, len(words), 2):
-            words[i] = _BEFORE + words[i] + _AFTER
-        return _AFTER + b"".join(words) + _BEFORE
+    def readings(self, literal: str) -> tuple[str, ...]:
+        """What the literal's spellings are read as; nothing if no character of it is left."""
+        return readings(literal, self.normalize)
+
+    def patterns(self, literal: str) -> tuple[bytes, ...]:
+        """What the automaton looks for: where one of these ends in the stream, the literal stands.
+
+        With `boundary: word` each begins with the mark that ends a non-word character, for which
+        the automaton takes a separator too, and ends with the other mark or with a separator.
+        """
+        found = []
+        for reading in self.readings(literal):
+            if not self.wrap:
+                found.append(reading.encode())
+                continue
+            inner = _AFTER + mark(reading, self.separators)
+            found.append(inner + _BEFORE)
+            if self.separators:
+                found.append(inner + _SEPARATOR)
+        return tuple(found)
+
+
+def mark(read: str, separators: bool = False) -> bytes:
+    """The bytes of what was read with marks around each non-word character."""
+    pieces = [piece.encode() for piece in regex.split(r"(\W)", read)]
+    for i in range(1, len(pieces), 2):
+        if not separators or pieces[i] != _SEPARATOR:
+            pieces[i] = _BEFORE + pieces[i] + _AFTER
+    return b"".join(pieces)
 
 
 @dataclass(frozen=True)
 class CharacterTables:
-    """`utf8.map_character`'s tables for several sets of normal forms.
+    """`utf8.map_character`'s tables for several mappings.
 
-    page_of int32[num_forms, 0x1100], entries int32[num_pages * 256], map_offsets int64[], map_data uint8[].
+    page_of int32[num_mappings, 0x1100], entries int32[num_pages * 256], map_offsets int64[],
+    map_data uint8[].
     """
 
     page_of: np.ndarray
@@ -83,29 +116,41 @@ def _nonword_flags() -> np.ndarray:
 
 
 @cache
-def character_tables(forms: tuple[tuple[str, ...], ...]) -> CharacterTables:
-    """Tables for the given sets of normal forms, in that order. About 0.2 s, cached."""
-    strings = [b""]  # index 0 = the character itself
-    page_of = np.zeros((max(len(forms), 1), 0x1100), np.int32)
+def _strings(mapping: Mapping) -> dict[int, bytes]:
+    """What is written for each character that does not stand for itself."""
+    changed = changed_characters(mapping.normalize)
+    if mapping.separators:
+        changed = {**changed, SEPARATOR_BYTE: SEPARATOR}  # itself, but without marks
+    found = {}
+    for code_point, read in changed.items():
+        folded = mapping.fold(read)
+        found[code_point] = mark(folded, mapping.separators) if mapping.wrap else folded.encode()
+    return found
+
+
+@cache
+def character_tables(mappings: tuple[Mapping, ...]) -> CharacterTables:
+    """Tables for the given mappings, in that order. Up to a second a set of forms, cached."""
+    index_of: dict[bytes | None, int] = {
+        None: 0
+    }  # what a character is replaced by -> its index; 0 = the character itself
+    strings = [b""]
+    page_of = np.zeros((max(len(mappings), 1), 0x1100), np.int32)
     pages: dict[bytes, int] = {}
     entries: list[np.ndarray] = []
-    for f, form in enumerate(forms):
-        table = _nonword_flags().copy()
-        if "case" in form:
-            for code_point in range(_LAST_FOLDED + 1):
-                if 0xD800 <= code_point < 0xE000:
-                    continue
-                character = chr(code_point)
-                folded = character.casefold()
-                if folded != character:
-                    table[code_point] |= len(strings) << 1
-                    strings.append(folded.encode())
+    for m, mapping in enumerate(mappings):
+        table = _nonword_flags().copy() if mapping.wrap else np.zeros(0x110000, np.int32)
+        for code_point, string in _strings(mapping).items():
+            index = index_of.setdefault(string, len(strings))
+            if index == len(strings):
+                strings.append(string)
+            table[code_point] = index << 1
         for page, row in enumerate(table.reshape(0x1100, 256)):
             key = row.tobytes()
             if key not in pages:
                 pages[key] = len(entries)
                 entries.append(row)
-            page_of[f, page] = pages[key]
+            page_of[m, page] = pages[key]
     return CharacterTables(
         page_of,
         np.concatenate(entries) if entries else np.zeros(256, np.int32),

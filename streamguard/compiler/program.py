@@ -15,11 +15,13 @@ from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
 from streamguard_kernels.advance import STATE_MASK, Tables, token_shortcuts
 from streamguard_kernels.automaton import (
+    absorb_runs,
     build_trie,
     byte_classes,
     collect_outputs,
     fold_failure_links,
     pack_transitions,
+    states_behind,
 )
 from streamguard_kernels.hold import hold_depths
 from streamguard_kernels.lookahead import (
@@ -29,7 +31,7 @@ from streamguard_kernels.lookahead import (
     token_order,
     tokens_with_whole_patterns,
 )
-from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD, map_tokens
+from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD, SEPARATOR_BYTE, map_tokens
 
 #: Most bytes that the transition tables of one policy set may take.
 MAX_TABLE_BYTES = 1 << 30
@@ -191,12 +193,13 @@ class Program:
                     automaton.pattern_data, automaton.pattern_offsets, wanted, shortest, t.trans,
                     base, automaton.num_classes, automaton.num_walked, automaton.class_of,
                     automaton.failure, tokens, offsets, t.token_data,
+                    int(automaton.mapping.separators),
                 )  # fmt: skip
                 return ranges
 
             track_offsets, track_own, track_link = own_ranges(1)
             if automaton.mapping.wrap:
-                # From a quiet state the mark alone completes nothing.
+                # From a quiet state the mark, or a separator, alone completes nothing.
                 quiet = np.flatnonzero(automaton.quiet).astype(np.int32)
                 more_offsets, more_own = quiet_ranges(quiet, *own_ranges(2))
                 track_offsets = np.concatenate([track_offsets, more_offsets[1:] + len(track_own)])
@@ -296,8 +299,9 @@ def _build(
     base: int,
     source: str,
 ) -> _Automaton:
-    patterns = [mapping.pattern(literal) for _, literal in literals]
-    pattern_rule = np.array([rule for rule, _ in literals], np.int32)
+    spelled = [(rule, mapping.patterns(literal)) for rule, literal in literals]
+    patterns = [pattern for _, found in spelled for pattern in found]
+    pattern_rule = np.array([rule for rule, found in spelled for _ in found], np.int32)
     data = np.frombuffer(bytearray(b"".join(patterns)), np.uint8)
     offsets = np.concatenate(
         [np.zeros(1, np.int64), np.cumsum(np.fromiter(map(len, patterns), np.int64))]
@@ -311,14 +315,22 @@ def _build(
             f"{MAX_TABLE_BYTES >> 20} MiB, the limit of this version. Split the list, drop long "
             f"patterns, or give fewer distinct characters."
         )
+    behind = np.zeros(0, np.int32)
+    if mapping.separators:
+        behind = states_behind(goto, class_of[SEPARATOR_BYTE])
+        if mapping.wrap:  # a separator begins a word as well as the mark does
+            goto[0, class_of[SEPARATOR_BYTE]] = goto[0, class_of[AFTER_NONWORD]]
     failure = fold_failure_links(goto)
+    if mapping.separators:
+        absorb_runs(goto, behind)
     first, following, suffix, best, groups = collect_outputs(
         len(goto), end_state, pattern_rule, rank, group, failure
     )
-    packed = pack_transitions(goto, groups, base)
+    packed = pack_transitions(goto, groups, base, behind)
     quiet = np.zeros(len(goto), np.int32)
     if mapping.wrap:
-        packed, quiet = _add_quiet_states(packed, num_classes, int(class_of[BEFORE_NONWORD]))
+        ends = [BEFORE_NONWORD, SEPARATOR_BYTE] if mapping.separators else [BEFORE_NONWORD]
+        packed, quiet = _add_quiet_states(packed, num_classes, class_of[ends])
     more = len(quiet) - len(goto)
     return _Automaton(
         mapping, data, offsets, pattern_rule, class_of, packed, len(quiet), num_classes, failure,
@@ -328,19 +340,19 @@ def _build(
 
 
 def _add_quiet_states(
-    packed: np.ndarray, num_classes: int, mark: int
+    packed: np.ndarray, num_classes: int, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Copy each state in which a word lacks only the mark behind it; the copy's move on it is silent.
+    """Copy each state in which a word lacks only what ends it; the copy's move on that is silent.
 
     A prompt that ends in a whole word leaves its track in such a copy: whatever follows closes that
     word, which the model did not write, and longer patterns go on.
-    packed  uint32[num_states * num_classes]. Returns the same with the copies behind, and
-    int32[num_states]: the copy of each state, 0 = none.
+    packed  uint32[num_states * num_classes]; ends: byte classes of what ends words.
+    Returns the same with the copies behind, and int32[num_states]: the copy of each state, 0 = none.
     """
     rows = packed.reshape(-1, num_classes)
-    closed = np.flatnonzero(rows[:, mark] >> 31)
+    closed = np.flatnonzero((rows[:, ends] >> 31).any(axis=1))
     copies = rows[closed].copy()
-    copies[:, mark] &= STATE_MASK
+    copies[:, ends] &= STATE_MASK
     quiet = np.zeros(len(rows) + len(closed), np.int32)
     quiet[closed] = len(rows) + np.arange(len(closed))
     return np.concatenate([packed, copies.reshape(-1)]), quiet
@@ -354,8 +366,8 @@ def _join(
     policy_tracks: list[int],
     rank: np.ndarray,
 ) -> Tables:
-    forms = tuple(dict.fromkeys(m.normalize for m in mappings if not m.is_identity))
-    characters = character_tables(forms)
+    mapped = tuple(m for m in mappings if not m.is_identity)
+    characters = character_tables(mapped)
     token_offsets = np.zeros((len(mappings), len(vocabulary) + 1), np.int32)
     token_data: list[np.ndarray] = []
     pending = np.zeros(len(vocabulary), np.uint32)
@@ -365,8 +377,8 @@ def _join(
             data, offsets = vocabulary.data, vocabulary.offsets
         else:
             data, offsets, pending = map_tokens(
-                vocabulary.data, vocabulary.offsets, int(mapping.wrap),
-                characters.page_of[forms.index(mapping.normalize)], characters.entries,
+                vocabulary.data, vocabulary.offsets, int(mapping.separators),
+                characters.page_of[mapped.index(mapping)], characters.entries,
                 characters.map_offsets, characters.map_data,
             )  # fmt: skip
         token_offsets[m] = offsets + used
@@ -431,9 +443,10 @@ def _join(
         raw_offsets=vocabulary.offsets,
         raw_data=vocabulary.data,
         mapping_form=np.array(
-            [-1 if m.is_identity else forms.index(m.normalize) for m in mappings], np.int64
+            [-1 if m.is_identity else mapped.index(m) for m in mappings], np.int64
         ),
         mapping_wrap=np.array([m.wrap for m in mappings], np.int64),
+        mapping_shrinks=np.array([m.separators + 2 * m.deletes for m in mappings], np.int64),
         page_of=characters.page_of,
         entries=characters.entries,
         map_offsets=characters.map_offsets,

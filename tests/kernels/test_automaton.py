@@ -40,7 +40,7 @@ class Dense:
             (1 << (np.arange(num) % 8)).astype(np.uint8), failure,
         )  # fmt: skip
         self.groups = groups
-        self.trans = pack_transitions(goto, groups, base)
+        self.trans = pack_transitions(goto, groups, base, np.zeros(0, np.int32))
 
     @staticmethod
     def _depths(goto: np.ndarray) -> list[int]:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from streamguard.compiler.forms import changed_characters, read_character
 from streamguard.compiler.mapping import Mapping, character_tables, is_word_character
+from streamguard.policy import NORMAL_FORMS
 from streamguard_kernels.utf8 import (
     AFTER_NONWORD,
     BEFORE_NONWORD,
@@ -25,7 +27,12 @@ from streamguard_kernels.utf8 import (
 # Bytes at the edges of what the second byte of a character may be.
 EDGES = bytes.fromhex("00 7f 80 8f 90 9f a0 bf c0 c1 c2 df e0 e1 ec ed ee ef f0 f1 f3 f4 f5 fe ff")
 STRIDE = 7
-FORMS: tuple[tuple[str, ...], ...] = ((), ("case",))
+FORMS: tuple[tuple[str, ...], ...] = (
+    (), *((form,) for form in NORMAL_FORMS), ("case", "confusables"), ("width", "separators"),
+    NORMAL_FORMS,
+)  # fmt: skip
+MAPPINGS = tuple(Mapping(forms, boundary) for forms in FORMS for boundary in ("none", "word"))
+CASE_WORD = Mapping(("case",), "word")
 
 
 def feed_byte(pending: int, byte: int) -> tuple[int, str]:
@@ -73,11 +80,11 @@ def test_valid_text_reads_as_itself(text: str) -> None:
 
 def map_text(text: str, mapping: Mapping) -> bytes:
     """`text` through the compiled tables, as one token."""
-    tables = character_tables(FORMS)
+    tables = character_tables(MAPPINGS)
     data = np.frombuffer(bytearray(text.encode()), np.uint8)
     mapped, _, pending = map_tokens(
-        data, np.array([0, len(data)]), int(mapping.wrap),
-        tables.page_of[FORMS.index(mapping.normalize)], tables.entries, tables.map_offsets,
+        data, np.array([0, len(data)]), int(mapping.separators),
+        tables.page_of[MAPPINGS.index(mapping)], tables.entries, tables.map_offsets,
         tables.map_data,
     )  # fmt: skip
     assert not pending.any()
@@ -85,13 +92,16 @@ def map_text(text: str, mapping: Mapping) -> bytes:
 
 
 def reference_map(text: str, mapping: Mapping) -> bytes:
-    out = []
+    out = b""
     for character in text:
-        folded = mapping.fold(character).encode()
-        if mapping.wrap and not is_word_character(character):
-            folded = bytes([BEFORE_NONWORD]) + folded + bytes([AFTER_NONWORD])
-        out.append(folded)
-    return b"".join(out)
+        for read in read_character(character, mapping.normalize):
+            piece = read.encode()
+            if mapping.separators and read == " ":
+                piece = b"" if out.endswith(b" ") else b" "
+            elif mapping.wrap and not is_word_character(read):
+                piece = bytes([BEFORE_NONWORD]) + piece + bytes([AFTER_NONWORD])
+            out += piece
+    return out
 
 
 @pytest.mark.parametrize("boundary", ["none", "word"])
@@ -100,43 +110,44 @@ def test_every_code_point_maps_as_the_mapping_says(
     normalize: tuple[str, ...], boundary: str
 ) -> None:
     mapping = Mapping(normalize, boundary)
-    # All of the planes in which something folds, every seventh code point above.
-    points = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, STRIDE)]
+    # Those that change, and a sample of all others.
+    changed = [*changed_characters(normalize)][:: 1 + (len(normalize) > 1)]
+    points = [*changed, *range(0, 0xD800, STRIDE), *range(0xE000, 0x110000, 8 * STRIDE)]
     text = "".join(map(chr, points))
+    for at in range(0, len(text), 4096):
+        part = text[at : at + 4096]
+        assert map_text(part, mapping) == reference_map(part, mapping)
+
+
+@given(st.text(max_size=32), st.sampled_from(MAPPINGS))
+def test_texts_map_as_the_mapping_says(text: str, mapping: Mapping) -> None:
     assert map_text(text, mapping) == reference_map(text, mapping)
 
 
-@given(st.text(max_size=32))
-def test_texts_map_as_the_mapping_says(text: str) -> None:
-    for normalize, boundary in itertools.product(FORMS, ("none", "word")):
-        mapping = Mapping(normalize, boundary)
-        assert map_text(text, mapping) == reference_map(text, mapping)
-
-
 def test_no_character_maps_to_more_bytes_than_the_buffer_holds() -> None:
-    longest = max(len(chr(c).casefold().encode(errors="ignore")) for c in range(0x110000))
-    assert longest + 2 <= MAX_MAPPED_BYTES
+    longest = int(np.diff(character_tables(MAPPINGS).map_offsets).max())
+    assert 6 < longest <= MAX_MAPPED_BYTES
 
 
 def test_one_character_maps_alone_as_within_a_token() -> None:
-    tables = character_tables(FORMS)
+    tables = character_tables((CASE_WORD,))
     out = np.empty(MAX_MAPPED_BYTES, np.uint8)
     for character in "aÄßİ-\n 中😀\u0301ﬃ":
         count = map_character(
-            ord(character), 1, tables.page_of[1], tables.entries, tables.map_offsets,
+            ord(character), tables.page_of[0], tables.entries, tables.map_offsets,
             tables.map_data, out,
         )  # fmt: skip
-        assert out[:count].tobytes() == reference_map(character, Mapping(("case",), "word"))
+        assert out[:count].tobytes() == reference_map(character, CASE_WORD)
 
 
 def test_tokens_map_each_on_its_own_with_their_unfinished_character(seed: int) -> None:
     rng = random.Random(seed)
-    tables = character_tables(FORMS)
+    tables = character_tables((CASE_WORD,))
     tokens = [rng.randbytes(rng.randint(0, 6)) for _ in range(400)]
     tokens += ["ßİ-".encode()[: rng.randint(0, 5)] + bytes([rng.choice(EDGES)]) for _ in range(400)]
     offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int64)
     mapped, mapped_offsets, pending = map_tokens(
-        np.frombuffer(bytearray(b"".join(tokens)), np.uint8), offsets, 1, tables.page_of[1],
+        np.frombuffer(bytearray(b"".join(tokens)), np.uint8), offsets, 0, tables.page_of[0],
         tables.entries, tables.map_offsets, tables.map_data,
     )  # fmt: skip
     for i, token in enumerate(tokens):
@@ -144,7 +155,7 @@ def test_tokens_map_each_on_its_own_with_their_unfinished_character(seed: int) -
         for byte in token:
             state, more = feed_byte(state, byte)
             shown += more
-        expected = reference_map(shown, Mapping(("case",), "word"))
+        expected = reference_map(shown, CASE_WORD)
         assert mapped[mapped_offsets[i] : mapped_offsets[i + 1]].tobytes() == expected, token
         assert pending[i] == state
 
