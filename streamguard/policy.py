@@ -18,6 +18,7 @@ from typing import Any
 
 from streamguard.policy_errors import Problems, found, show, wrong_type
 from streamguard.policy_reader import MAX_FILE_BYTES, UnreadableError, parse_yaml, read_text
+from streamguard.policy_regexes import check_budget, check_regexes
 from streamguard.policy_schema import (
     ACTIONS,
     BOUNDARIES,
@@ -25,6 +26,7 @@ from streamguard.policy_schema import (
     MAX_MESSAGE_BYTES,
     MAX_PATTERN_BYTES,
     MAX_PATTERNS,
+    MAX_REGEXES,
     MAX_RULES,
     NORMAL_FORMS,
     SEVERITY,
@@ -42,6 +44,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "MAX_PATTERNS",
     "MAX_PATTERN_BYTES",
+    "MAX_REGEXES",
     "MAX_RULES",
     "NORMAL_FORMS",
     "SEVERITY",
@@ -63,6 +66,7 @@ class Rule:
     boundary: str
     action: str
     message: str | None
+    regexes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ class Policy:
 
     @property
     def num_patterns(self) -> int:
-        """Literals of all rules together."""
-        return sum(len(rule.literals) for rule in self.rules)
+        """Literals and regexes of all rules together."""
+        return sum(len(rule.literals) + len(rule.regexes) for rule in self.rules)
 
     @cached_property
     def sha256(self) -> str:
@@ -124,7 +128,7 @@ class Policy:
                 "name": self.name,
                 "client_selectable": self.client_selectable,
                 "on_error": self.on_error,
-                "rules": [vars(rule) for rule in self.rules],
+                "rules": [_content(rule) for rule in self.rules],
             }
         )
 
@@ -199,6 +203,11 @@ class PolicySet:
         return _digest({"default": self.default, "policies": digests})
 
 
+def _content(rule: Rule) -> dict[str, Any]:
+    """A rule's fields; one that came later is left out where unused: older digests stay."""
+    return {key: value for key, value in vars(rule).items() if key != "regexes" or value}
+
+
 def _digest(content: dict[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -261,8 +270,10 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
                 boundary=rule.boundary,
                 action=rule.action,
                 message=rule.message or None,
+                regexes=check_regexes(rule.regexes, forms, rule.boundary, place, problems),
             )
         )
+    check_budget(resolved, problems)
     problems.raise_if_any()
     return Policy(
         name=header.name,
@@ -316,10 +327,10 @@ def _patterns(
             )
             continue
         patterns.append(literal)
-    if not num_seen:
+    if not num_seen and not rule.regexes:
         problems.add(
-            f"{place}no pattern to match; a rule needs literals or a literals_file with at least "
-            f"one entry. Without, it would never act. Add one or delete the rule."
+            f"{place}no pattern to match; a rule needs literals, a literals_file or regexes with "
+            f"at least one entry. Without, it would never act. Add one or delete the rule."
         )
     return tuple(patterns)
 

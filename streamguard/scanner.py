@@ -15,10 +15,13 @@ _BLOCK = 1 << 16
 
 
 class Match(NamedTuple):
-    """One match: bytes start..end (exclusive) of the raw stream, and the rule's global index."""
+    """One match: bytes start..end (exclusive) of the raw stream, and the rule's global index.
+
+    start is None where a regex ends: it may have begun at several places.
+    """
 
     rule: int
-    start: int
+    start: int | None
     end: int
 
 
@@ -35,7 +38,8 @@ class Scanner:
         self._tables = t
         self._lo, self._hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
         num = self._hi - self._lo
-        size = 1 << int(2 * program.max_depth + 64).bit_length()
+        longest = int(t.pattern_length.max()) + 1  # not max_depth: regexes have no place to keep
+        size = 1 << int(2 * longest + 64).bit_length()
         self._states = t.track_start[self._lo : self._hi].copy()
         self._positions = np.zeros(num, np.int64)
         self._ring = np.zeros((num, size), np.int64)
@@ -54,6 +58,9 @@ class Scanner:
         self._reserve = max(1, most) * 2 * MAX_MAPPED_BYTES * num
         self._found = np.empty((4096 + 2 * self._reserve, 4), np.int64)
         self._position = 0
+        # A rule's literals and regexes may find one end at different bytes: up to a character apart.
+        self._recent: list[tuple[int, int]] = []
+        self._has_regexes = bool(t.track_regex[self._lo : self._hi].any())
 
     def feed(self, chunk: bytes) -> Iterator[Match]:
         """Matches that the chunk makes certain."""
@@ -82,7 +89,13 @@ class Scanner:
             # (known at, end, rule, start): the earliest start of each end and rule comes first
             found = found[np.lexsort((found[:, 3], found[:, 2], found[:, 1], found[:, 0]))]
             previous = None
-            for _, end, rule, start in found.tolist():
-                if (end, rule) != previous:
-                    yield Match(rule, start, end)
+            for known_at, end, rule, start in found.tolist():
+                if (end, rule) == previous:
+                    continue
                 previous = (end, rule)
+                if self._has_regexes:
+                    self._recent = [seen for seen in self._recent if seen[0] >= known_at - 8]
+                    if previous in self._recent:
+                        continue
+                    self._recent.append(previous)
+                yield Match(rule, start if start >= 0 else None, end)

@@ -6,7 +6,7 @@ plugin, the tests' fake engine and library users drive the same class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,8 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
+from streamguard.regex_masks import RegexMasks
 from streamguard_kernels.advance import LAST, UNSEEN, Slots, pack_slots, pack_tables, walk_kernel
 from streamguard_kernels.lookahead import apply_ranges, mark_forbidden, pack_ranges
+from streamguard_kernels.regex_masks import states_before_tokens
 from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
 
 _EVENTS = 4096
@@ -62,6 +64,13 @@ class Session:
         self._simple_mask = np.array(
             [not wrap and not program.uses(STOP, p) for p, wrap in enumerate(wraps)]
         )
+        self._has_regexes = np.array(
+            [
+                bool(t.track_regex[lo:hi].any())
+                for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
+            ]
+        )
+        self._regex_masks = RegexMasks(program)
         self._masks = np.array([program.uses(MASK, p) for p in range(len(wraps))])
         self._stops = np.array([program.uses(STOP, p) for p in range(len(wraps))])
 
@@ -231,9 +240,9 @@ class Session:
             & (mine.hidden[slot_ids] == 1)
         )
         if simple.all():
-            self._apply_ranges(row_ids, slot_ids, logits)
+            self._apply_simple(row_ids, slot_ids, logits)
             return
-        self._apply_ranges(row_ids[simple], slot_ids[simple], logits)
+        self._apply_simple(row_ids[simple], slot_ids[simple], logits)
         for row, slot, ends in zip(
             row_ids[~simple], slot_ids[~simple], is_last[~simple], strict=True
         ):
@@ -244,20 +253,40 @@ class Session:
             forbidden[stop != 0] = 0
             logits[row, : len(forbidden)][forbidden != 0] = -np.inf
 
-    def _apply_ranges(
+    def _apply_simple(
         self, rows: NDArray[np.int64], slots: NDArray[np.int64], logits: NDArray[np.float32]
     ) -> None:
         ranges = self._ranges(MASK)
         apply_ranges(self._packed, self._packed_slots, ranges, rows, slots, logits)
+        regexes = self._has_regexes[self._slots.policy[slots]]
+        for row, slot in zip(rows[regexes], slots[regexes], strict=True):
+            for tokens in self._regex_tokens(int(slot), MASK):
+                logits[row, tokens] = -np.inf
 
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
         p = int(self._slots.policy[slot])
         if (self._masks if group == MASK else self._stops)[p]:
+            if self._has_regexes[p] and not last:  # first: tokens that must be walked come after
+                for tokens in self._regex_tokens(slot, group):
+                    forbidden[tokens] = 1
             mark_forbidden(
                 self._packed, self._packed_slots, self._ranges(group), int(slot), int(last),
                 self._mask_rules if group == MASK else self._stop_rules,
                 np.zeros_like(forbidden), forbidden,
             )  # fmt: skip
+
+    def _regex_tokens(self, slot: int, group: int) -> Iterator[NDArray[np.integer]]:
+        """Ordinary tokens that complete a match of a regex, for each of the slot's regex tracks."""
+        t, p = self._tables, self._slots.policy[slot]
+        lo, hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
+        states = np.zeros(self._slots.state.shape[1], np.int64)
+        states_before_tokens(self._packed, self._packed_slots, slot, states)
+        before = -1
+        for track in range(lo, hi):
+            state = int(states[track - lo])
+            if t.track_regex[track] and not (t.track_twin[track] and state == before):
+                yield self._regex_masks.tokens(track, state, group)
+            before = state
 
     def _ranges(self, group: int) -> NDArray[np.int64]:
         if group not in self._packed_ranges:

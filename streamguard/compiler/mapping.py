@@ -30,10 +30,15 @@ def is_word_character(character: str) -> bool:
 
 @dataclass(frozen=True, order=True)
 class Mapping:
-    """Normal forms and boundary of a rule; rules that share both share an automaton."""
+    """Normal forms and boundary of a rule; rules that share both share an automaton.
+
+    characters: read whole characters even without forms and boundary, so that broken bytes are the
+    U+FFFD that a client sees. Regexes need that; no literal can hold one.
+    """
 
     normalize: tuple[str, ...] = ()
     boundary: str = "none"
+    characters: bool = False
 
     @property
     def wrap(self) -> bool:
@@ -41,7 +46,7 @@ class Mapping:
 
     @property
     def is_identity(self) -> bool:
-        return not self.normalize and not self.wrap
+        return not self.normalize and not self.wrap and not self.characters
 
     def fold(self, text: str) -> str:
         """Apply the normal forms. Full case folding works character by character."""
@@ -72,7 +77,8 @@ class CharacterTables:
 
 
 @cache
-def _nonword_flags() -> np.ndarray:
+def nonword_flags() -> np.ndarray:
+    """int32[0x110000]: 1 = not a word character; surrogates count as none."""
     everything = (
         "".join(map(chr, range(0xD800))) + " " * 0x800 + "".join(map(chr, range(0xE000, 0x110000)))
     )
@@ -90,7 +96,7 @@ def character_tables(forms: tuple[tuple[str, ...], ...]) -> CharacterTables:
     pages: dict[bytes, int] = {}
     entries: list[np.ndarray] = []
     for f, form in enumerate(forms):
-        table = _nonword_flags().copy()
+        table = nonword_flags().copy()
         if "case" in form:
             for code_point in range(_LAST_FOLDED + 1):
                 if 0xD800 <= code_point < 0xE000:

@@ -1,0 +1,221 @@
+"""From an automaton over characters to one over the bytes of the mapped stream.
+
+UTF-8 makes a small tree of each state's moves; equal branches of all states are one state. In a
+stream with marks a character that is no word character comes as FF c FE, so the first byte already
+tells the kind: what depends on the next character is reported there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from streamguard.compiler.regex_dfa import CharDfa, TooLargeError
+from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD
+
+#: Leading bytes of characters of 2, 3 and 4 bytes.
+_LEADS = (range(0xC2, 0xE0), range(0xE0, 0xF0), range(0xF0, 0xF5))
+_NEVER = -1
+
+
+@dataclass(frozen=True)
+class ByteDfa:
+    """A deterministic automaton over bytes; state 0 is somewhere within a text.
+
+    goto     int32[num_states, num_classes]; class_of uint8[256].
+    here     per state the regexes, as bits, of which a match ends with the byte that led here;
+    before   ... ended before the character that this byte begins.
+    start    state at the start of a text.
+    """
+
+    goto: np.ndarray
+    class_of: np.ndarray
+    here: tuple[int, ...]
+    before: tuple[int, ...]
+    start: int
+
+
+def to_bytes(dfa: CharDfa, marks: bool, max_states: int) -> ByteDfa:
+    """Spell the moves out in bytes. Raises TooLargeError beyond `max_states`."""
+    return _Speller(dfa, marks, max_states).run()
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The tree of UTF-8 under one partition of the characters; leaves are numbers of its parts.
+
+    ascii [128] and rows[0] hold parts, rows[1] numbers of rows[0], rows[2] of rows[1];
+    leads[n] numbers of rows[n]. _NEVER = occurs in no text.
+    """
+
+    ascii: np.ndarray
+    rows: tuple[np.ndarray, ...]
+    leads: tuple[np.ndarray, ...]
+
+
+def _distinct(rows: np.ndarray, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Equal rows once, and which one each row is; a row that never occurs is number _NEVER.
+
+    fill: within a row, what never occurs takes the commonest entry; more rows are equal then.
+    """
+    numbers: dict[bytes, int] = {}
+    kept: list[np.ndarray] = []
+    which = np.full(len(rows), _NEVER, np.int64)
+    never = (rows == _NEVER).sum(1)
+    for i in np.flatnonzero(never < rows.shape[1]).tolist():
+        row = rows[i]
+        if fill and never[i]:
+            row = np.where(row == _NEVER, np.bincount(row[row != _NEVER]).argmax(), row)
+        number = numbers.setdefault(row.tobytes(), len(kept))
+        if number == len(kept):
+            kept.append(row)
+        which[i] = number
+    return np.array(kept, np.int64).reshape(len(kept), rows.shape[1]), which
+
+
+def _tree(atom_of: np.ndarray) -> _Template:
+    """UTF-8 over all characters, with atoms as parts: what templates are made from."""
+    blocks, block_of = _distinct(atom_of.astype(np.int64).reshape(-1, 64), fill=False)
+    pages = block_of.reshape(-1, 64).copy()
+    pages[0, :32] = _NEVER  # of 3 bytes only from U+0800 on
+    rows, page_of = _distinct(pages, fill=False)
+    planes = np.full((5, 64), _NEVER, np.int64)
+    planes.reshape(-1)[16 : len(page_of)] = page_of[16:]  # of 4 bytes only from U+10000 on
+    planes, plane_of = _distinct(planes, fill=False)
+    leads = (block_of[2:32], page_of[:16], plane_of)
+    return _Template(atom_of[:128].astype(np.int64), (blocks, rows, planes), leads)
+
+
+def _template(tree: _Template, part_of_atom: np.ndarray) -> _Template:
+    """part_of_atom  int64[num_atoms], _NEVER = characters of the atom do not stand here."""
+    part_of = np.append(part_of_atom, _NEVER)  # _NEVER stays what it is
+    ascii_parts = part_of[tree.ascii]
+    rows, leads = [], []
+    for level, leads_of in zip(tree.rows, tree.leads, strict=True):
+        distinct, which = _distinct(part_of[level])
+        part_of = np.append(which, _NEVER)
+        rows.append(distinct)
+        leads.append(part_of[leads_of])
+    return _Template(ascii_parts, tuple(rows), tuple(leads))
+
+
+@dataclass
+class _Speller:
+    dfa: CharDfa
+    marks: bool
+    max_states: int
+    _tree: _Template = field(init=False)
+    _templates: dict[bytes, _Template] = field(default_factory=dict)
+    _number: dict[object, int] = field(default_factory=dict)
+    _todo: list[tuple[str, object]] = field(default_factory=list)
+    _here: list[int] = field(default_factory=list)
+    _before: list[int] = field(default_factory=list)
+
+    def run(self) -> ByteDfa:
+        self._tree = _tree(self.dfa.atom_of)
+        self._state("char", 0, 0, 0)
+        start = self._state("char", self.dfa.start, 0, 0)
+        rows = []
+        for kind, what in self._todo:  # grows as we go
+            if kind == "char":
+                assert isinstance(what, int)
+                rows.append(self._character(what))
+            elif kind == "nonword":
+                assert isinstance(what, bytes)
+                rows.append(self._nonword(what))
+            elif kind == "closing":
+                assert isinstance(what, int)
+                row = np.zeros(256, np.int32)
+                row[AFTER_NONWORD] = self._state("char", what, 0, 0)
+                rows.append(row)
+            else:
+                assert isinstance(what, bytes)
+                row = np.zeros(256, np.int32)
+                row[0x80:0xC0] = np.frombuffer(what, np.int64)
+                rows.append(row)
+        whole = np.array(rows, np.int32).reshape(len(rows), 256)
+        classes: dict[bytes, int] = {}
+        columns = np.ascontiguousarray(whole.T)
+        class_of = [classes.setdefault(column.tobytes(), len(classes)) for column in columns]
+        _, representative = np.unique(class_of, return_index=True)
+        return ByteDfa(
+            np.ascontiguousarray(whole[:, representative]),
+            np.array(class_of, np.uint8),
+            tuple(self._here),
+            tuple(self._before),
+            start,
+        )
+
+    def _state(self, kind: str, what: object, here: int, before: int) -> int:
+        """Number of a state: what comes next from there, and what ended on the way to it."""
+        key = kind, what, here, before
+        number = self._number.setdefault(key, len(self._number))
+        if number == len(self._todo):
+            if number == self.max_states:
+                raise TooLargeError
+            self._todo.append((kind, what))
+            self._here.append(here)
+            self._before.append(before)
+        return number
+
+    def _character(self, state: int) -> np.ndarray:
+        """Moves from between two characters."""
+        _, if_nonword, if_word = self._ends(state)  # what ended here was reported on the way
+        row = np.zeros(256, np.int32)
+        targets = self.dfa.target[state].astype(np.int64)
+        if not self.marks:
+            self._spell(row, targets, "char", 0)
+            return row
+        self._spell(row, np.where(self.dfa.word, targets, _NEVER), "char", if_word)
+        rest = np.where(self.dfa.word, _NEVER, targets)
+        row[BEFORE_NONWORD] = self._state("nonword", rest.tobytes(), 0, if_nonword)
+        return row
+
+    def _nonword(self, targets: bytes) -> np.ndarray:
+        """Moves behind the mark that announces a character outside words."""
+        row = np.zeros(256, np.int32)
+        self._spell(row, np.frombuffer(targets, np.int64), "closing", 0)
+        return row
+
+    def _ends(self, state: int) -> tuple[int, int, int]:
+        always, if_nonword, if_word = (self.dfa.outputs[e] for e in self.dfa.ends[state])
+        return always, if_nonword, if_word
+
+    def _spell(self, row: np.ndarray, targets: np.ndarray, kind: str, before: int) -> None:
+        """Write the moves to `targets` (by atom) into `row`; `before` is reported on the first byte."""
+        known = targets[targets != _NEVER]
+        if not len(known):
+            return
+        parts, part_of_atom = np.unique(targets, return_inverse=True)
+        shift = int(parts[0] == _NEVER)
+        part_of_atom = part_of_atom.reshape(-1) - shift
+        parts = parts[shift:]
+        key = part_of_atom.tobytes()
+        if key not in self._templates:
+            self._templates[key] = _template(self._tree, part_of_atom)
+        tree = self._templates[key]
+        ends = [self._ends(int(target))[0] for target in parts]
+
+        def leaf(part: int, before: int) -> int:
+            return self._state(kind, int(parts[part]), ends[part], before)
+
+        for byte, part in enumerate(tree.ascii.tolist()):
+            if part != _NEVER:
+                row[byte] = leaf(part, before)
+        child: Callable[[int, int], int] = leaf
+        for rows, leads, bytes_of in zip(tree.rows, tree.leads, _LEADS, strict=True):
+            numbers = np.zeros(int(rows.max(initial=0)) + 1, np.int64)
+            for used in np.unique(rows).tolist():
+                numbers[used] = child(used, 0)
+            contents = [numbers[of_row].tobytes() for of_row in rows]
+
+            child = partial(self._branch, contents)
+            for byte, lead in zip(bytes_of, leads.tolist(), strict=True):
+                if lead != _NEVER:
+                    row[byte] = child(lead, before)
+
+    def _branch(self, contents: list[bytes], index: int, before: int) -> int:
+        return self._state("bytes", contents[index], 0, before)
