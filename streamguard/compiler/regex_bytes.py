@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD
 #: Leading bytes of characters of 2, 3 and 4 bytes.
 _LEADS = (range(0xC2, 0xE0), range(0xE0, 0xF0), range(0xF0, 0xF5))
 _NEVER = -1
+_FACTORS = np.random.default_rng(0).integers(1, 1 << 62, 64, np.int64) | 1
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,27 @@ def to_bytes(dfa: CharDfa, marks: bool, max_states: int) -> ByteDfa:
     return _Speller(dfa, marks, max_states).run()
 
 
+class _Row(NamedTuple):
+    """An array of numbers: which there are, and where each stands."""
+
+    used: list[int]
+    where: np.ndarray
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> _Row:
+        used, where = np.unique(array, return_inverse=True)
+        return cls(used.tolist(), where.reshape(array.shape))
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """UTF-8 over all characters. Leaves are atoms: what templates are made from."""
+
+    ascii: np.ndarray
+    rows: tuple[np.ndarray, ...]
+    leads: tuple[np.ndarray, ...]
+
+
 @dataclass(frozen=True)
 class _Template:
     """The tree of UTF-8 under one partition of the characters; leaves are numbers of its parts.
@@ -51,9 +74,9 @@ class _Template:
     leads[n] numbers of rows[n]. _NEVER = occurs in no text.
     """
 
-    ascii: np.ndarray
-    rows: tuple[np.ndarray, ...]
-    leads: tuple[np.ndarray, ...]
+    ascii: _Row
+    rows: tuple[_Row, ...]
+    leads: tuple[_Row, ...]
 
 
 def _distinct(rows: np.ndarray, fill: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -61,23 +84,26 @@ def _distinct(rows: np.ndarray, fill: bool = True) -> tuple[np.ndarray, np.ndarr
 
     fill: within a row, what never occurs takes the commonest entry; more rows are equal then.
     """
-    numbers: dict[bytes, int] = {}
-    kept: list[np.ndarray] = []
-    which = np.full(len(rows), _NEVER, np.int64)
     never = (rows == _NEVER).sum(1)
-    for i in np.flatnonzero(never < rows.shape[1]).tolist():
-        row = rows[i]
-        if fill and never[i]:
-            row = np.where(row == _NEVER, np.bincount(row[row != _NEVER]).argmax(), row)
-        number = numbers.setdefault(row.tobytes(), len(kept))
-        if number == len(kept):
-            kept.append(row)
-        which[i] = number
-    return np.array(kept, np.int64).reshape(len(kept), rows.shape[1]), which
+    if fill:
+        rows = rows.copy()
+        for i in np.flatnonzero((never > 0) & (never < rows.shape[1])).tolist():
+            row = rows[i]
+            row[row == _NEVER] = np.bincount(row[row != _NEVER]).argmax()
+    which = np.full(len(rows), _NEVER, np.int64)
+    there = never < rows.shape[1]
+    found = rows[there]
+    if not len(found):
+        return found, which
+    # By hash: comparing whole rows takes ten times as long. A collision (never seen) is noticed.
+    _, first, which[there] = np.unique(found @ _FACTORS, return_index=True, return_inverse=True)
+    if (found[first][which[there]] != found).any():
+        distinct, which[there] = np.unique(found, axis=0, return_inverse=True)
+        return distinct, which
+    return found[first], which
 
 
-def _tree(atom_of: np.ndarray) -> _Template:
-    """UTF-8 over all characters, with atoms as parts: what templates are made from."""
+def _tree(atom_of: np.ndarray) -> _Tree:
     blocks, block_of = _distinct(atom_of.astype(np.int64).reshape(-1, 64), fill=False)
     pages = block_of.reshape(-1, 64).copy()
     pages[0, :32] = _NEVER  # of 3 bytes only from U+0800 on
@@ -86,19 +112,19 @@ def _tree(atom_of: np.ndarray) -> _Template:
     planes.reshape(-1)[16 : len(page_of)] = page_of[16:]  # of 4 bytes only from U+10000 on
     planes, plane_of = _distinct(planes, fill=False)
     leads = (block_of[2:32], page_of[:16], plane_of)
-    return _Template(atom_of[:128].astype(np.int64), (blocks, rows, planes), leads)
+    return _Tree(atom_of[:128].astype(np.int64), (blocks, rows, planes), leads)
 
 
-def _template(tree: _Template, part_of_atom: np.ndarray) -> _Template:
+def _template(tree: _Tree, part_of_atom: np.ndarray) -> _Template:
     """part_of_atom  int64[num_atoms], _NEVER = characters of the atom do not stand here."""
     part_of = np.append(part_of_atom, _NEVER)  # _NEVER stays what it is
-    ascii_parts = part_of[tree.ascii]
+    ascii_parts = _Row.of(part_of[tree.ascii])
     rows, leads = [], []
     for level, leads_of in zip(tree.rows, tree.leads, strict=True):
         distinct, which = _distinct(part_of[level])
         part_of = np.append(which, _NEVER)
-        rows.append(distinct)
-        leads.append(part_of[leads_of])
+        rows.append(_Row.of(distinct))
+        leads.append(_Row.of(part_of[leads_of]))
     return _Template(ascii_parts, tuple(rows), tuple(leads))
 
 
@@ -107,8 +133,8 @@ class _Speller:
     dfa: CharDfa
     marks: bool
     max_states: int
-    _tree: _Template = field(init=False)
-    _templates: dict[bytes, _Template] = field(default_factory=dict)
+    _tree: _Tree = field(init=False)
+    _templates: dict[tuple[int, ...], _Template] = field(default_factory=dict)
     _number: dict[object, int] = field(default_factory=dict)
     _todo: list[tuple[str, object]] = field(default_factory=list)
     _here: list[int] = field(default_factory=list)
@@ -186,36 +212,30 @@ class _Speller:
 
     def _spell(self, row: np.ndarray, targets: np.ndarray, kind: str, before: int) -> None:
         """Write the moves to `targets` (by atom) into `row`; `before` is reported on the first byte."""
-        known = targets[targets != _NEVER]
-        if not len(known):
-            return
-        parts, part_of_atom = np.unique(targets, return_inverse=True)
-        shift = int(parts[0] == _NEVER)
-        part_of_atom = part_of_atom.reshape(-1) - shift
-        parts = parts[shift:]
-        key = part_of_atom.tobytes()
-        if key not in self._templates:
-            self._templates[key] = _template(self._tree, part_of_atom)
-        tree = self._templates[key]
-        ends = [self._ends(int(target))[0] for target in parts]
+        listed = targets.tolist()
+        parts = sorted({target for target in listed if target != _NEVER})
+        place = {target: part for part, target in enumerate(parts)} | {_NEVER: _NEVER}
+        key = tuple(place[target] for target in listed)
+        tree = self._templates.get(key)
+        if tree is None:
+            tree = self._templates[key] = _template(self._tree, np.array(key, np.int64))
 
         def leaf(part: int, before: int) -> int:
-            return self._state(kind, int(parts[part]), ends[part], before)
+            return self._state(kind, parts[part], self._ends(parts[part])[0], before)
 
-        for byte, part in enumerate(tree.ascii.tolist()):
-            if part != _NEVER:
-                row[byte] = leaf(part, before)
+        def branch(contents: list[bytes], index: int, before: int) -> int:
+            return self._state("bytes", contents[index], 0, before)
+
         child: Callable[[int, int], int] = leaf
+        _write(row[:0x80], tree.ascii, child, before)
         for rows, leads, bytes_of in zip(tree.rows, tree.leads, _LEADS, strict=True):
-            numbers = np.zeros(int(rows.max(initial=0)) + 1, np.int64)
-            for used in np.unique(rows).tolist():
-                numbers[used] = child(used, 0)
-            contents = [numbers[of_row].tobytes() for of_row in rows]
+            children = np.zeros(rows.where.shape, np.int64)
+            _write(children, rows, child, 0)
+            child = partial(branch, [content.tobytes() for content in children])
+            _write(row[bytes_of.start : bytes_of.stop], leads, child, before)
 
-            child = partial(self._branch, contents)
-            for byte, lead in zip(bytes_of, leads.tolist(), strict=True):
-                if lead != _NEVER:
-                    row[byte] = child(lead, before)
 
-    def _branch(self, contents: list[bytes], index: int, before: int) -> int:
-        return self._state("bytes", contents[index], 0, before)
+def _write(out: np.ndarray, what: _Row, child: Callable[[int, int], int], before: int) -> None:
+    """Put child(n, before) where `what` holds n, and 0 for what never occurs."""
+    numbers = [0 if n == _NEVER else child(n, before) for n in what.used]
+    out[...] = np.array(numbers, np.int64)[what.where] if numbers else 0

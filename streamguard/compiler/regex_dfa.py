@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamguard.compiler.mapping import nonword_flags
-from streamguard.compiler.regex_classes import CharSet, atoms, make
+from streamguard.compiler.regex_classes import CharSet, atoms, category
 from streamguard.compiler.regex_nfa import ALL_GAPS, INNER_GAPS, START, Nfa, bits
 
 #: Most states before they are minimised, and most elementary steps: about a second.
@@ -46,14 +45,14 @@ class CharDfa:
     start: int
 
 
-def determinise(nfas: Sequence[Nfa], marks: bool) -> CharDfa:
+def determinise(nfas: Sequence[Nfa], marks: bool, max_raw_states: int = MAX_RAW_STATES) -> CharDfa:
     """Build the automaton that finds all `nfas`; `outputs` hold which, as bits.
 
-    Raises TooLargeError beyond MAX_RAW_STATES or MAX_STEPS, after about a second at most.
+    Raises TooLargeError beyond `max_raw_states` or MAX_STEPS, after about a second at most.
     """
     sets: dict[CharSet, int] = {}
     position_set = [sets.setdefault(chars, len(sets)) for nfa in nfas for chars in nfa.classes]
-    words = _words()
+    words = category("CATEGORY_WORD", False)
     if marks:
         sets.setdefault(words, len(sets))
     atom_of, members = atoms(list(sets))
@@ -81,7 +80,7 @@ def determinise(nfas: Sequence[Nfa], marks: bool) -> CharDfa:
         held = list(bits(positions))
         row = [0] * len(members)
         steps += len(held) * len(kinds) + len(members)
-        if steps > MAX_STEPS or len(states) > MAX_RAW_STATES:
+        if steps > MAX_STEPS or len(states) > max_raw_states:
             raise TooLargeError
         ended = [0, 0]
         for kind in kinds:
@@ -112,11 +111,6 @@ def determinise(nfas: Sequence[Nfa], marks: bool) -> CharDfa:
         number[start],
     )
     return _minimised(whole)
-
-
-def _words() -> CharSet:
-    inside = np.flatnonzero(np.diff(nonword_flags(), prepend=1, append=1))
-    return make(zip(inside[::2].tolist(), (inside[1::2] - 1).tolist(), strict=True))
 
 
 def _gather(takes: Sequence[int], held: int) -> int:

@@ -6,7 +6,7 @@ so regexes share one as far as it stays small (DESIGN section 5).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,8 +17,9 @@ from streamguard.compiler.regex_nfa import Nfa, RegexError, parse
 #: Most states of one automaton, and of all automata of one policy's regexes.
 MAX_STATES = 10_000
 MAX_POLICY_STATES = 50_000
-#: Unions that may turn out too large before the remaining regexes stay alone.
-_MAX_FAILURES = 6
+#: Most states over characters that several regexes share, and how many automata each may try.
+MAX_SHARED = 300
+_TRIED = 3
 #: Mapped bytes of a character in a stream: 4 and both marks.
 _MOST_BYTES = 6
 #: What counts as the longest match of a regex without a limit: all of any prompt.
@@ -77,36 +78,37 @@ def track_of(regex: Regex) -> RegexTrack:
 
 
 def tracks_of(regexes: Sequence[Regex]) -> list[RegexTrack]:
-    """As few automata as stay within the budget; regexes that need marks apart from the others.
+    """Few and small automata for all: regexes that need marks apart from the others.
 
+    Each regex joins the first of the newest automata that stays small with it; about 0.1 s a regex.
     Raises RegexError where `track_of` does.
     """
     alone = {regex: track_of(regex) for regex in regexes}
     tracks: list[RegexTrack] = []
     for marks in (False, True):
-        group = tuple(regex for regex in alone if alone[regex].marks == marks)
-        tracks += _shared(group, alone, [_MAX_FAILURES])
+        groups: list[list[Regex]] = []
+        for regex in alone:
+            if alone[regex].marks == marks:
+                _join(regex, groups, marks)
+        for group in groups:
+            try:
+                tracks.append(_track(tuple(group)))
+            except TooLargeError:  # spelt in bytes it grew
+                tracks += [alone[regex] for regex in group]
     if sum(len(track.dfa.goto) for track in tracks) > MAX_POLICY_STATES:
         return list(alone.values())
     return tracks
 
 
-def _shared(
-    group: tuple[Regex, ...], alone: dict[Regex, RegexTrack], failures_left: list[int]
-) -> Iterator[RegexTrack]:
-    """One automaton for the group, or one for each half of it."""
-    if len(group) > 1 and failures_left[0]:
+def _join(regex: Regex, groups: list[list[Regex]], marks: bool) -> None:
+    for group in groups[-_TRIED:]:
         try:
-            yield _track(group)
-            return
+            determinise([nfa_of(each) for each in (*group, regex)], marks, MAX_SHARED)
         except TooLargeError:
-            failures_left[0] -= 1
-    if len(group) < 2 or not failures_left[0]:
-        yield from (alone[regex] for regex in group)
+            continue
+        group.append(regex)
         return
-    middle = len(group) // 2
-    yield from _shared(group[:middle], alone, failures_left)
-    yield from _shared(group[middle:], alone, failures_left)
+    groups.append([regex])
 
 
 def _track(regexes: tuple[Regex, ...]) -> RegexTrack:
