@@ -238,6 +238,8 @@ class Session:
             & (mine.plain[slot_ids] == 1)
             & (mine.pending[slot_ids] == 0)
             & (mine.hidden[slot_ids] == 1)
+            # A regex may take the U+FFFD that the text's end makes of an unfinished character.
+            & ~(is_last & self._has_regexes[mine.policy[slot_ids]])
         )
         if simple.all():
             self._apply_simple(row_ids, slot_ids, logits)

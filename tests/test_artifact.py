@@ -26,6 +26,7 @@ DEFAULT = {
         {"id": "bomb", "literals": ["bomb", "tomb"], "action": "halt", "normalize": ["case"]},
         {"id": "city", "literals": ["Paris", "Größe"], "action": "mask", "boundary": "word"},
         {"id": "key", "literals": ["RSA"], "action": "redirect", "message": "No.\n“No.”"},
+        {"id": "number", "regexes": [r"\b\d{3}\b", "t+h"], "action": "mask"},
     ],
 }
 OTHER = {

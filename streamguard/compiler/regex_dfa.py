@@ -17,8 +17,8 @@ from streamguard.compiler.regex_nfa import ALL_GAPS, INNER_GAPS, START, Nfa, bit
 #: Most states before they are minimised, and most elementary steps: about a second.
 MAX_RAW_STATES = 20_000
 MAX_STEPS = 2_000_000
-#: Rounds of refinement after which an automaton is left as it is.
-_MAX_ROUNDS = 300
+#: Rounds of refinement, and table entries read in all, after which an automaton is left as it is.
+_MAX_ROUNDS, _MAX_READ = 300, 30_000_000
 
 
 class TooLargeError(Exception):
@@ -142,7 +142,7 @@ def _minimised(dfa: CharDfa) -> CharDfa:
     _, block = np.unique(dfa.ends, axis=0, return_inverse=True)
     block = block.reshape(-1).astype(np.int64)
     count = int(block.max()) + 1
-    for _ in range(_MAX_ROUNDS):
+    for _ in range(min(_MAX_ROUNDS, _MAX_READ // dfa.target.size)):
         hashed = block * factors[-1]
         hashed = hashed + ((block[dfa.target] + 1) * factors[:-1]).sum(1)
         _, block = np.unique(hashed, return_inverse=True)

@@ -187,16 +187,16 @@ class _Builder:
             return self._characters(nothing_or_newline, flags & ~re.IGNORECASE, negated=True)
         if op is sre.IN:
             ranges: list[tuple[int, int]] = []
+            categories: list[tuple[int, int]] = []
             for kind, value in argument:
                 if kind is sre.LITERAL:
                     ranges.append((value, value))
                 elif kind is sre.RANGE:
                     ranges.append(value)
                 elif kind is sre.CATEGORY:
-                    ranges += category(str(value), ascii_only)
-            return self._characters(
-                make(ranges), flags, negated=any(kind is sre.NEGATE for kind, _ in argument)
-            )
+                    categories += category(str(value), ascii_only)
+            negated = any(kind is sre.NEGATE for kind, _ in argument)
+            return self._characters(make(ranges), flags, negated, tuple(categories))
         if op is sre.BRANCH:
             parts = [self.sequence(list(branch), flags) for branch in argument[1]]
             return _Fragment(
@@ -219,14 +219,17 @@ class _Builder:
             f"cannot be matched as the text streams: {reason}. {_REMEDY.get(name, '')}"
         )
 
-    def _characters(self, chars: CharSet, flags: int, negated: bool = False) -> _Fragment:
+    def _characters(
+        self, chars: CharSet, flags: int, negated: bool = False, caseless: CharSet = ()
+    ) -> _Fragment:
         if len(self.classes) == MAX_POSITIONS:
             raise RegexError(
                 f"needs more than {MAX_POSITIONS:,} places that take a character. {_SHORTER}"
             )
         if flags & re.IGNORECASE:
             chars = fold(chars, bool(flags & re.ASCII))
-        self.classes.append(negate(chars) if negated else make(chars))
+        chars = make((*chars, *caseless))
+        self.classes.append(negate(chars) if negated else chars)
         self.follow.append([0] * 4)
         bit = 1 << len(self.classes) - 1
         return _Fragment(0, [bit] * 6, [bit] * 6, 1)
