@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import regex
 
 from streamguard.compiler.mapping import Mapping, is_word_character
 from streamguard.compiler.program import Program, compile_program
@@ -94,6 +95,18 @@ def random_regex_rules(
     ]  # fmt: skip
 
 
+def regex_near(rng: random.Random, literal: str) -> str:
+    """A regex that matches a literal, mostly, and more."""
+    parts = []
+    for c in literal:
+        plain = re.escape(c)
+        forms = [f"{plain}+", f"(?:{plain}|x)", ".", f"[^q{re.escape(rng.choice(literal))}]"]
+        forms += [f"{plain}?", r"\w" if is_word_character(c) else r"\W", f"(?:{plain}){{1,3}}"]
+        parts.append(plain if rng.random() < 0.7 else rng.choice(forms))
+    start, end = rng.choice(["", "", "", r"\b", r"\B"]), rng.choice(["", "", "", r"\b", r"\B"])
+    return start + "".join(parts) + end
+
+
 def random_text(rng: random.Random, alphabet: str, length: int) -> str:
     return "".join(rng.choices(alphabet, k=rng.randint(1, length)))
 
@@ -150,31 +163,36 @@ def characters_of(data: bytes) -> list[tuple[str, int]]:
 
 
 @lru_cache(maxsize=100_000)
-def _before_rest(regex: str, flags: int, rest: int) -> re.Pattern[str]:
-    """Matches that leave exactly `rest` characters: `re` then tries every way to match."""
-    return re.compile(f"(?:{regex})(?=(?s:.{{{rest}}})\\Z)", flags)
+def _before_rest(engine: Any, pattern: str, flags: int, rest: int) -> Any:
+    """Matches that leave exactly `rest` characters: the engine then tries every way to match."""
+    return engine.compile(f"(?:{pattern})(?=(?s:.{{{rest}}})\\Z)", flags)
 
 
-def regex_ends(text: str, regex: str, *, case: bool = False, word: bool = False) -> set[int]:
-    """Where in a whole text a match of a regex ends, by Python's `re` from every start."""
-    flags = re.IGNORECASE if case else 0
+def regex_ends(text: str, pattern: str, *, case: bool = False, word: bool = False) -> set[int]:
+    """Where in a whole text a match of a regex ends, by Python's `re` from every start.
+
+    By `regex` in texts with marks and joiners, which are parts of words to it as they are to us.
+    """
+    same_words = all(is_word_character(c) == (c.isalnum() or c == "_") for c in text)
+    engine = re if same_words else regex
     found = set()
     for end in range(1, len(text) + 1):
         if word and end < len(text) and is_word_character(text[end]):
             continue
-        pattern = _before_rest(regex, flags, len(text) - end)
-        for start in range(end):
+        compiled = _before_rest(engine, pattern, re.IGNORECASE if case else 0, len(text) - end)
+        starts = range(end) if word else range(1)
+        for start in starts:
             if word and start > 0 and is_word_character(text[start - 1]):
                 continue
-            if pattern.match(text, start):
+            if (compiled.match if word else compiled.search)(text, start):
                 found.add(end)
                 break
     return found
 
 
-def certain_ends(text: str, regex: str, *, case: bool, word: bool) -> set[int]:
+def certain_ends(text: str, pattern: str, *, case: bool, word: bool) -> set[int]:
     """The same for a text that may go on: whatever comes next, a match ends there."""
-    both = [regex_ends(text + c, regex, case=case, word=word) for c in ("x", " ")]
+    both = [regex_ends(text + c, pattern, case=case, word=word) for c in ("x", " ")]
     return {end for end in both[0] & both[1] if end <= len(text)}
 
 
@@ -187,9 +205,9 @@ def matches(
     where a regex ends.
     """
     ends: set[int] = set()
-    for regex in what.regexes:
+    for pattern in what.regexes:
         find = regex_ends if ended else certain_ends
-        ends |= find(text, regex, case="case" in what.normalize, word=what.boundary == "word")
+        ends |= find(text, pattern, case="case" in what.normalize, word=what.boundary == "word")
     found = _literal_matches(text, what, index, ended) if what.literals else []
     return [m for m in found if m[0] not in ends] + [(end, index, -1) for end in sorted(ends)]
 
