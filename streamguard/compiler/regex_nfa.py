@@ -92,8 +92,6 @@ def parse(pattern: str, *, ignore_case: bool = False, word: bool = False) -> Nfa
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of syntax that may change its meaning one day
             tree = sre_parser.parse(pattern, flags)
-        if tree.state.flags & re.LOCALE:
-            raise RegexError("the flag L is for bytes. Delete it.")
         builder = _Builder()
         fragment = builder.sequence(list(tree), tree.state.flags)
     except re.error as error:

@@ -1,7 +1,7 @@
 """The regexes of a policy as automata: budgets, unions, and who is told of a match.
 
 One automaton for all costs one table read a byte, one for each costs as many as there are regexes:
-so regexes share one as far as it stays small (DESIGN section 5).
+so regexes share one as far as it stays small (DESIGN section 10).
 """
 
 from __future__ import annotations
