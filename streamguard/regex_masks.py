@@ -13,6 +13,7 @@ from streamguard_kernels.regex_masks import completing_tokens, shared_beginnings
 
 #: Most bytes of kept answers; the one that was not asked for longest goes first.
 MAX_KEPT_BYTES = 64 << 20
+_ENTRY_BYTES = 300  # of an answer without tokens
 
 
 class RegexMasks:
@@ -42,10 +43,10 @@ class RegexMasks:
         found = self._kept.get(key)
         if found is None:
             found = self._kept[key] = self._pack(self._walk(track, state, group))
-            self._size_bytes += found[1].nbytes
+            self._size_bytes += found[1].nbytes + _ENTRY_BYTES
             while self._size_bytes > MAX_KEPT_BYTES and len(self._kept) > 1:
                 _, (_, dropped) = self._kept.popitem(last=False)
-                self._size_bytes -= dropped.nbytes
+                self._size_bytes -= dropped.nbytes + _ENTRY_BYTES
         else:
             self._kept.move_to_end(key)
         as_bits, array = found

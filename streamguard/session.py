@@ -55,19 +55,16 @@ class Session:
         self._packed_slots = pack_slots(self._slots)
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
-        # Per policy: rows may take `apply_ranges` when nothing but ordinary tokens can matter.
+        # Per policy: rows may take `apply_ranges` when nothing but ordinary tokens can matter, or with
+        # regexes, which look at the end of the text as well.
         t = self._tables
-        wraps = [
-            bool(t.mapping_wrap[t.track_mapping[lo:hi]].any())
-            for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
-        ]
+        spans = list(zip(t.policy_tracks[:-1].tolist(), t.policy_tracks[1:].tolist(), strict=True))
+        wraps = [bool(t.mapping_wrap[t.track_mapping[lo:hi]].any()) for lo, hi in spans]
+        self._has_regexes = np.array([bool(t.track_regex[lo:hi].any()) for lo, hi in spans])
         self._simple_mask = np.array(
-            [not wrap and not program.uses(STOP, p) for p, wrap in enumerate(wraps)]
-        )
-        self._has_regexes = np.array(
             [
-                bool(t.track_regex[lo:hi].any())
-                for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
+                (not wrap or regexes) and not program.uses(STOP, p)
+                for p, (wrap, regexes) in enumerate(zip(wraps, self._has_regexes, strict=True))
             ]
         )
         self._regex_masks = RegexMasks(program)
@@ -261,9 +258,22 @@ class Session:
         ranges = self._ranges(MASK)
         apply_ranges(self._packed, self._packed_slots, ranges, rows, slots, logits)
         regexes = self._has_regexes[self._slots.policy[slots]]
-        for row, slot in zip(rows[regexes], slots[regexes], strict=True):
-            for tokens in self._regex_tokens(int(slot), MASK):
+        for row, slot in zip(rows[regexes].tolist(), slots[regexes].tolist(), strict=True):
+            for tokens in self._regex_tokens(slot, MASK):
                 logits[row, tokens] = -np.inf
+            if self._end_completes(slot, MASK):
+                ends = self._slots.end_tokens[slot]
+                logits[row, ends[ends >= 0]] = -np.inf
+
+    def _end_completes(self, slot: int, group: int) -> bool:
+        """Whether the end of the text, which shows nothing more, would complete a match."""
+        t, p = self._tables, self._slots.policy[slot]
+        tracks = slice(t.policy_tracks[p], t.policy_tracks[p + 1])
+        states = self._slots.state[slot, : tracks.stop - tracks.start]
+        behind = t.trans[states + t.class_of[tracks, BEFORE_NONWORD]] & 0x7FFFFFFF
+        index = (behind - t.track_base[tracks]) // t.track_classes[tracks] + t.track_states[tracks]
+        wraps = t.mapping_wrap[t.track_mapping[tracks]] != 0
+        return bool((wraps & (t.groups[index] & group != 0)).any())
 
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
         p = int(self._slots.policy[slot])
@@ -287,7 +297,9 @@ class Session:
         for track in range(lo, hi):
             state = int(states[track - lo])
             if t.track_regex[track] and not (t.track_twin[track] and state == before):
-                yield self._regex_masks.tokens(track, state, group)
+                tokens = self._regex_masks.tokens(track, state, group)
+                if len(tokens):
+                    yield tokens
             before = state
 
     def _ranges(self, group: int) -> NDArray[np.int64]:
