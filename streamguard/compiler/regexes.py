@@ -57,23 +57,21 @@ def nfa_of(regex: Regex) -> Nfa:
 
 @lru_cache(maxsize=512)
 def track_of(regex: Regex) -> RegexTrack:
-    """The automaton of one regex: 0.1 s as a rule, 1 s at most. Raises RegexError."""
-    nfa = nfa_of(regex)
+    """The automaton of one regex: 0.1 s as a rule, a few at most. Raises RegexError."""
     try:
         track = _track((regex,))
     except TooLargeError:
         raise RegexError(
             f"needs more than {MAX_STATES:,} states: too many unfinished matches can be under way "
-            f"at once, since one may begin at any place. Let it begin with \\b or with characters "
-            f"that cannot stand in its middle, give fewer repetitions ({{8,}} instead of "
-            f"{{8,500}}), or narrow the classes that repeat."
+            f"at once, since one may begin at any place. Give it a beginning that cannot occur in "
+            f"its middle (\\b is one, unless it may hold spaces or punctuation), fewer repetitions "
+            f"({{8,}} instead of {{8,500}}, [ -]? only between groups), or narrower classes."
         ) from None
     if not any(track.dfa.here) and not any(track.dfa.before):
         raise RegexError(
             "can never match (a class without members, or anchors that exclude each other). "
             "Correct it."
         )
-    assert nfa.classes
     return track
 
 
@@ -92,7 +90,7 @@ def tracks_of(regexes: Sequence[Regex]) -> list[RegexTrack]:
                 _join(regex, groups, marks)
         for group in groups:
             try:
-                tracks.append(_track(tuple(group)))
+                tracks.append(alone[group[0]] if len(group) == 1 else _track(tuple(group)))
             except TooLargeError:  # spelt in bytes it grew
                 tracks += [alone[regex] for regex in group]
     if sum(len(track.dfa.goto) for track in tracks) > MAX_POLICY_STATES:
