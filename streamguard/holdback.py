@@ -14,13 +14,14 @@ from dataclasses import replace
 from streamguard.compiler.program import compile_program
 from streamguard.compiler.rules import OBSERVE, RuleTable
 from streamguard.policy import PolicySet
+from streamguard.policy_regexes import needs_next_character
 from streamguard.session import Session
 
 _SLOTS = 256
 
 
 class WordHold:
-    """Follows texts under policies with word rules. Tables hold the word rules only.
+    """Follows texts under policies with word rules (\\b in a regex too). Tables hold only those.
 
     Cost: one `Session.advance` and one `Session.would_close` a token, for these policies alone.
     """
@@ -33,7 +34,7 @@ class WordHold:
                 for compiled in table.rules
                 if compiled.policy == name
                 and compiled.group != OBSERVE
-                and compiled.rule.boundary == "word"
+                and needs_next_character(compiled.rule)
             )
             if rules:
                 needed[name] = replace(policy, rules=rules)

@@ -18,6 +18,7 @@ from typing import Any
 
 from streamguard.policy_errors import Problems, found, show, wrong_type
 from streamguard.policy_reader import MAX_FILE_BYTES, UnreadableError, parse_yaml, read_text
+from streamguard.policy_regexes import check_budget, check_regexes
 from streamguard.policy_schema import (
     ACTIONS,
     BOUNDARIES,
@@ -25,6 +26,7 @@ from streamguard.policy_schema import (
     MAX_MESSAGE_BYTES,
     MAX_PATTERN_BYTES,
     MAX_PATTERNS,
+    MAX_REGEXES,
     MAX_RULES,
     NORMAL_FORMS,
     SEVERITY,
@@ -43,6 +45,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "MAX_PATTERNS",
     "MAX_PATTERN_BYTES",
+    "MAX_REGEXES",
     "MAX_RULES",
     "NORMAL_FORMS",
     "SEVERITY",
@@ -64,6 +67,7 @@ class Rule:
     boundary: str
     action: str
     message: str | None
+    regexes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,8 +124,8 @@ class Policy:
 
     @property
     def num_patterns(self) -> int:
-        """Literals of all rules together."""
-        return sum(len(rule.literals) for rule in self.rules)
+        """Literals and regexes of all rules together."""
+        return sum(len(rule.literals) + len(rule.regexes) for rule in self.rules)
 
     @cached_property
     def sha256(self) -> str:
@@ -135,7 +139,7 @@ class Policy:
                 "name": self.name,
                 "client_selectable": self.client_selectable,
                 "on_error": self.on_error,
-                "rules": [vars(rule) for rule in self.rules],
+                "rules": [_content(rule) for rule in self.rules],
             }
         )
 
@@ -216,6 +220,11 @@ class PolicySet:
         return [line for policy in self.policies.values() for line in policy.warnings]
 
 
+def _content(rule: Rule) -> dict[str, Any]:
+    """A rule's fields; one that came later is left out where unused: older digests stay."""
+    return {key: value for key, value in vars(rule).items() if key != "regexes" or value}
+
+
 def _digest(content: dict[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -280,6 +289,7 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
                 boundary=rule.boundary,
                 action=rule.action,
                 message=rule.message or None,
+                regexes=check_regexes(rule.regexes, forms, rule.boundary, place, problems),
             )
         )
     packs, taken = _extend(header.extends, frozenset(place_of_id), problems)
@@ -289,6 +299,7 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
             f"with {', '.join(packs)} the policy has {len(resolved)} rules; allowed: 1..{MAX_RULES}. "
             f"Merge some of your own."
         )
+    check_budget(resolved, problems)
     problems.raise_if_any()
     return Policy(
         name=header.name,
@@ -387,10 +398,10 @@ def _patterns(
             )
             continue
         patterns.append(literal)
-    if not num_seen:
+    if not num_seen and not rule.regexes:
         problems.add(
-            f"{place}no pattern to match; a rule needs literals or a literals_file with at least "
-            f"one entry. Without, it would never act. Add one or delete the rule."
+            f"{place}no pattern to match; a rule needs literals, a literals_file or regexes with "
+            f"at least one entry. Without, it would never act. Add one or delete the rule."
         )
     elif problems.lenient and not patterns and first_fault:
         # Left out with all its literals, a rule would guard nothing, and nobody would know.

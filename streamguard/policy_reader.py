@@ -96,7 +96,7 @@ class _Loader(Composer, _EventSource, SafeConstructor, Resolver):
                     problem_mark=key_node.start_mark,
                 )
             first_line[key] = line
-            if key == "literals":
+            if key in ("literals", "regexes"):
                 _keep_text_of_unquoted(value_node)
         return super().construct_mapping(node, deep)
 

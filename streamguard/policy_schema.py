@@ -18,6 +18,8 @@ MAX_RULES = 1024
 MAX_PATTERN_BYTES = 4096
 MAX_PATTERNS = 1_000_000
 MAX_MESSAGE_BYTES = 4096
+#: Of one policy. Each takes a moment to compile; plain strings belong to literals.
+MAX_REGEXES = 256
 
 SEVERITY = ("halt", "redirect", "mask", "redact", "observe")
 # fmt: off
@@ -44,7 +46,6 @@ _NOT_YET: dict[str, dict[str, str]] = {
         "both": "Use output, which checks what the model writes.",
     },
     "key": {
-        "regexes": "List the strings as literals.",
         "probe": "Use literals.",
         "threshold": "Delete it; it belongs to probe.",
     },
@@ -151,6 +152,8 @@ class RuleSchema(_Schema):
     # Items are checked by _patterns: one pydantic error each would drown a long list.
     literals: Annotated[list[Any], BeforeValidator(_as_list)] = []
     literals_file: str = ""
+    # The syntax of each is checked by regex_rules.
+    regexes: Annotated[list[Any], BeforeValidator(_as_list)] = []
     normalize: _Forms = []
     boundary: Annotated[str, AfterValidator(_word("boundary", BOUNDARIES))] = "none"
     action: Annotated[str, AfterValidator(_word("action", SEVERITY))]

@@ -17,10 +17,13 @@ _BLOCK = 1 << 16
 
 
 class Match(NamedTuple):
-    """One match: bytes start..end (exclusive) of the raw stream, and the rule's global index."""
+    """One match: bytes start..end (exclusive) of the raw stream, and the rule's global index.
+
+    start is None where a regex ends: it may have begun at several places.
+    """
 
     rule: int
-    start: int
+    start: int | None
     end: int
 
 
@@ -38,7 +41,8 @@ class Scanner:
         self._tables = t
         self._lo, self._hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
         num = self._hi - self._lo
-        size = 1 << int(2 * program.max_depth + 64).bit_length()
+        longest = int(t.pattern_length.max()) + 1  # not max_depth: regexes have no place to keep
+        size = 1 << int(2 * longest + 64).bit_length()
         # One array, so that a checkpoint is one copy.
         self._place = np.zeros(5 * num + 2, np.int64)
         self._states, self._positions, self._quiet, newest, self._pending = np.split(
@@ -61,6 +65,9 @@ class Scanner:
         self._reserve = max(1, most) * 2 * MAX_MAPPED_BYTES * num
         self._found = np.empty((4096 + 2 * self._reserve, 4), np.int64)
         self._position = 0
+        # A rule's literals and regexes may find one end at different bytes: up to a character apart.
+        self._recent: list[tuple[int, int]] = []
+        self._has_regexes = bool(t.track_regex[self._lo : self._hi].any())
 
     @cached_property
     def _hold_depths(self) -> np.ndarray:
@@ -106,13 +113,25 @@ class Scanner:
             found = found[np.lexsort((found[:, 3], found[:, 2], found[:, 1], found[:, 0]))]
             first = np.ones(count, bool)
             first[1:] = (found[1:, 1:3] != found[:-1, 1:3]).any(axis=1)
-            yield found[first]
+            found = found[first]
+            yield self._unseen(found) if self._has_regexes else found
+
+    def _unseen(self, found: np.ndarray) -> np.ndarray:
+        """Leave out what a rule's literals or regexes found at an earlier byte."""
+        new = []
+        for row in found.tolist():
+            self._recent = [seen for seen in self._recent if seen[0] >= row[0] - 8]
+            new.append((row[1], row[2]) not in self._recent)
+            if new[-1]:
+                self._recent.append((row[1], row[2]))
+        return found[new]
 
     def restart(self, position: int) -> None:
         """Go on at `position` as at the start of a text; what was read before is forgotten."""
         self._states[:] = self._tables.track_start[self._lo : self._hi]
         self._pending[:] = 0
         self._quiet[:] = position
+        self._recent.clear()
         self._position = position
 
     def save(self) -> Checkpoint:
@@ -151,4 +170,4 @@ class Checkpoint(NamedTuple):
 
 def _matches(rows: np.ndarray) -> Iterator[Match]:
     for _, end, rule, start in rows.tolist():
-        yield Match(rule, start, end)
+        yield Match(rule, start if start >= 0 else None, end)

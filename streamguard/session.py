@@ -6,7 +6,7 @@ plugin, the tests' fake engine and library users drive the same class.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import ShapeError
+from streamguard.regex_masks import RegexMasks
 from streamguard_kernels.advance import (
     COMMIT,
     ENDS,
@@ -27,6 +28,7 @@ from streamguard_kernels.advance import (
     walk_kernel,
 )
 from streamguard_kernels.lookahead import (
+    RANGES_AND_REGEXES,
     RANGES_SUFFICE,
     WALKED,
     apply_ranges,
@@ -34,7 +36,8 @@ from streamguard_kernels.lookahead import (
     pack_ranges,
 )
 from streamguard_kernels.packing import address
-from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
+from streamguard_kernels.regex_masks import states_before_tokens
+from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
 
 _EVENTS = _ROWS = 4096
 _INT64 = np.dtype(np.int64)  # the instance: numpy takes 0.2 µs to find it by its type
@@ -79,17 +82,18 @@ class Session:
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
         # Per policy; see `apply_ranges`.
         t = self._tables
-        wraps = [
-            bool(t.mapping_wrap[t.track_mapping[lo:hi]].any())
-            for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
-        ]
-        self._shrinks = [
-            bool(t.mapping_shrinks[t.track_mapping[lo:hi]].any())
-            for lo, hi in zip(t.policy_tracks, t.policy_tracks[1:], strict=False)
-        ]
+        spans = list(zip(t.policy_tracks[:-1].tolist(), t.policy_tracks[1:].tolist(), strict=True))
+        wraps = np.array([bool(t.mapping_wrap[t.track_mapping[lo:hi]].any()) for lo, hi in spans])
+        self._shrinks = [bool(t.mapping_shrinks[t.track_mapping[lo:hi]].any()) for lo, hi in spans]
+        self._has_regexes = np.array([bool(t.track_regex[lo:hi].any()) for lo, hi in spans])
+        self._regex_masks = RegexMasks(program)
         self._masks = np.array([program.uses(MASK, p) for p in range(len(wraps))])
         self._stops = np.array([program.uses(STOP, p) for p in range(len(wraps))])
-        self._masking = np.where(self._stops | np.array(wraps), WALKED, RANGES_SUFFICE)
+        self._masking = np.where(
+            self._stops | (wraps & ~self._has_regexes),
+            WALKED,
+            np.where(self._has_regexes, RANGES_AND_REGEXES, RANGES_SUFFICE),
+        )
         self._masking = (self._masking * self._masks).astype(np.uint8)
 
     def reset(
@@ -261,6 +265,11 @@ class Session:
             )
         is_last = np.asarray(last, bool)
         for k in left[:num_left].tolist():
+            if k < 0 and not is_last[~k]:
+                self._apply_regexes(logits[edited[~k]], mine[~k])
+                continue
+            # A regex may take the U+FFFD that the text's end makes of an unfinished character.
+            k = max(k, ~k)
             forbidden = np.zeros(len(self.program.vocabulary), np.uint8)
             self._mark(mine[k], MASK, forbidden, is_last[k])
             stop = np.zeros_like(forbidden)
@@ -268,14 +277,50 @@ class Session:
             forbidden[stop != 0] = 0
             logits[edited[k], : len(forbidden)][forbidden != 0] = -np.inf
 
+    def _apply_regexes(self, row: NDArray[np.float32], slot: int) -> None:
+        """Mask what regexes forbid, where ranges have masked the rest."""
+        for tokens in self._regex_tokens(slot, MASK):
+            row[tokens] = -np.inf
+        if self._end_completes(slot, MASK):
+            ends = self._slots.end_tokens[slot]
+            row[ends[ends >= 0]] = -np.inf
+
+    def _end_completes(self, slot: int, group: int) -> bool:
+        """Whether the end of the text, which shows nothing more, would complete a match."""
+        t, p = self._tables, self._slots.policy[slot]
+        tracks = slice(t.policy_tracks[p], t.policy_tracks[p + 1])
+        states = self._slots.state[slot, : tracks.stop - tracks.start]
+        behind = t.trans[states + t.class_of[tracks, BEFORE_NONWORD]] & 0x7FFFFFFF
+        index = (behind - t.track_base[tracks]) // t.track_classes[tracks] + t.track_states[tracks]
+        wraps = t.mapping_wrap[t.track_mapping[tracks]] != 0
+        return bool((wraps & (t.groups[index] & group != 0)).any())
+
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
         p = int(self._slots.policy[slot])
         if (self._masks if group == MASK else self._stops)[p]:
+            if self._has_regexes[p] and not last:  # first: tokens that must be walked come after
+                for tokens in self._regex_tokens(slot, group):
+                    forbidden[tokens] = 1
             mark_forbidden(
                 self._tables_at, self._slots_at, self._ranges(group), int(slot), int(last),
                 self._mask_rules if group == MASK else self._stop_rules,
                 np.zeros_like(forbidden), forbidden,
             )  # fmt: skip
+
+    def _regex_tokens(self, slot: int, group: int) -> Iterator[NDArray[np.integer]]:
+        """Ordinary tokens that complete a match of a regex, for each of the slot's regex tracks."""
+        t, p = self._tables, self._slots.policy[slot]
+        lo, hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
+        states = np.zeros(self._slots.state.shape[1], np.int64)
+        states_before_tokens(self._tables_at, self._slots_at, slot, states)
+        before = -1
+        for track in range(lo, hi):
+            state = int(states[track - lo])
+            if t.track_regex[track] and not (t.track_twin[track] and state == before):
+                tokens = self._regex_masks.tokens(track, state, group)
+                if len(tokens):
+                    yield tokens
+            before = state
 
     def _ranges(self, group: int) -> int:
         if group not in self._packed_ranges:

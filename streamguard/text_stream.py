@@ -1,7 +1,7 @@
 """Guard text without an engine: `Guard.text_stream`. What may be shown is released at once.
 
 Hold-back is minimal. What is withheld at any time is the longest end of the text that may still
-become part of a match, and not a character more; DESIGN section 10 says how, and what `mask` means
+become part of a match, and not a character more; DESIGN section 11 says how, and what `mask` means
 where no other token can be chosen.
 """
 

@@ -75,6 +75,11 @@ POLICIES = {
         rule("words", "redirect", ["bo mb", "a"], normalize=["separators"], boundary="word"),
         rule("wide", "mask", ["ab", "ﬃ"], normalize=["width", "marks"], boundary="word"),
     ],
+    "regexes": [
+        rule("halt-regex", "halt", [], regexes=[r"\bbo+mb\b", "é+€"]),
+        rule("mask-regex", "mask", [], regexes=["[ab]{3}", r"\bs\w+t\B", "^o", r"S[^b]"]),
+        rule("see-regex", "observe", ["ab"], regexes=["a.b"]),
+    ],
     "see": [
         # More rules than fit one int64: those that complete together lie far apart.
         *(rule(f"r{i}", "observe", ["b" if i in (0, 62, 63, 69) else f"z{i}"]) for i in range(70)),

@@ -22,13 +22,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from guard_cases import BLOCKING, matches, policy, random_rules
+from guard_cases import BLOCKING, matches, policy, random_rules, regex_near, rule
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
 from streamguard.compiler.program import Program, compile_program
 from streamguard.compiler.vocabulary import Vocabulary
+from streamguard.errors import PolicyError
 from streamguard.holdback import HeldText, WordHold
 from streamguard.policy import PolicySet
 from streamguard.session import Session
@@ -242,14 +243,31 @@ def _is_whole(piece: bytes) -> bool:
     return True
 
 
+def regex_rules(rng: random.Random, literals: list[str]) -> list[tuple[dict[str, Any], str]]:
+    """Some rules of one regex each, with a text that it matches, mostly."""
+    found = []
+    for text in rng.sample(literals, min(len(literals), rng.choice([0, 0, 1, 3]))):
+        pattern = regex_near(rng, text)
+        one = rule(rng.choice(BLOCKING), regexes=[pattern], word=rng.random() < 0.2)
+        try:
+            policy(one)
+        except PolicyError:
+            continue
+        found.append((one, text))
+    return found
+
+
 def run_policy(model: Model, counts: Counts, *, guarded: bool = True) -> None:
     """Sample a batch of texts under one random policy to their ends, then look at each."""
     literals = model.literals()
     rules = random_rules(model.rng, literals, model.rng.randint(1, 5))
+    used = [text for r in rules for text in r["literals"]]
+    for one, text in regex_rules(model.rng, literals):
+        rules.append(one)
+        used.append(text)
     policies = PolicySet.from_policies([policy(*rules)])
     compiled = compile_program(policies, model.vocabulary)
     hold = WordHold(policies, compiled.table)
-    used = [text for r in rules for text in r["literals"]]
     counts.policies += 1
     counts.patterns += len(used)
     session = Session(compiled, NUM_ROWS)
@@ -336,7 +354,7 @@ def look(model: Model, compiled: Program, text: Text, counts: Counts) -> None:
         whole = prompt + read
         joined = matches(whole, one.rule, index) if prompt else []
         found += [(whole, m) for m in joined if m[2] < len(prompt) < m[0]]
-        if model.has_byte_tokens and one.rule.boundary == "word":
+        if model.has_byte_tokens and (one.rule.boundary == "word" or one.rule.regexes):
             kept = [(where, m) for where, m in found if not _is_beside_broken(where, m)]
             counts.beside_broken += len(found) - len(kept)
             found = kept
@@ -352,9 +370,11 @@ def _is_beside_broken(text: str, match: tuple[int, int, int]) -> bool:
 
     Decoders with byte fallback show a broken run of byte tokens as U+FFFD throughout, word
     characters included; the guard reads those, and takes what stands beside them for a part of a
-    longer word.
+    longer word. A regex may take such characters wherever they stand.
     """
     end, _, start = match
+    if start < 0:
+        return "\ufffd" in text[: end + 1]
     return "\ufffd" in (text[start - 1 : start], text[end : end + 1])
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import regex
 
 from streamguard.compiler.forms import read_character, readings
 from streamguard.compiler.mapping import Mapping, is_word_character
@@ -33,12 +36,18 @@ SPECIALS = (b"<s>", b"</s>", b"<bomb>", b"om", b" ")
 
 
 def rule(
-    action: str, *literals: str, case: bool = False, word: bool = False, forms: Sequence[str] = ()
+    action: str,
+    *literals: str,
+    case: bool = False,
+    word: bool = False,
+    forms: Sequence[str] = (),
+    regexes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """One rule of a policy file."""
     return {
         "action": action,
-        "literals": list(dict.fromkeys(literals)),
+        **({"literals": list(dict.fromkeys(literals))} if literals else {}),
+        **({"regexes": list(dict.fromkeys(regexes))} if regexes else {}),
         "normalize": ["case"] if case else list(forms),
         "boundary": "word" if word else "none",
         **({"message": "no"} if action == "redirect" else {}),
@@ -98,6 +107,31 @@ def random_rules(
     return rules
 
 
+def random_regex_rules(
+    rng: random.Random, regexes: Sequence[str], num: int
+) -> list[dict[str, Any]]:
+    """Rules with every action over the given regexes."""
+    return [
+        rule(
+            rng.choice([*BLOCKING, "observe"]), case=rng.random() < 0.3, word=rng.random() < 0.2,
+            regexes=rng.sample(regexes, min(len(regexes), rng.randint(1, 3))),
+        )
+        for _ in range(num)
+    ]  # fmt: skip
+
+
+def regex_near(rng: random.Random, literal: str) -> str:
+    """A regex that matches a literal, mostly, and more."""
+    parts = []
+    for c in literal:
+        plain = re.escape(c)
+        forms = [f"{plain}+", f"(?:{plain}|x)", ".", f"[^q{re.escape(rng.choice(literal))}]"]
+        forms += [f"{plain}?", r"\w" if is_word_character(c) else r"\W", f"(?:{plain}){{1,3}}"]
+        parts.append(plain if rng.random() < 0.7 else rng.choice(forms))
+    start, end = rng.choice(["", "", "", r"\b", r"\B"]), rng.choice(["", "", "", r"\b", r"\B"])
+    return start + "".join(parts) + end
+
+
 def random_text(rng: random.Random, alphabet: str, length: int) -> str:
     return "".join(rng.choices(alphabet, k=rng.randint(1, length)))
 
@@ -130,13 +164,80 @@ def decode(data: bytes, final: bool = False) -> str:
     return data.decode(errors="replace")
 
 
+def characters_of(data: bytes) -> list[tuple[str, int]]:
+    """The characters that a client reads of `data`, and where in it each ends."""
+    found: list[tuple[str, int]] = []
+    at = 0
+    while at < len(data):
+        for size in (1, 2, 3, 4):  # one whole character, or the longest start of one
+            try:
+                character = data[at : at + size].decode()
+                break
+            except UnicodeDecodeError as error:
+                if error.reason != "unexpected end of data" or size == 4:
+                    size = max(error.end - error.start, 1) if size == 1 else size - 1
+                    character = "\ufffd"
+                    break
+                if at + size >= len(data):
+                    character = "\ufffd"
+                    break
+        at = min(at + size, len(data))
+        found.append((character, at))
+    assert "".join(c for c, _ in found) == data.decode(errors="replace")
+    return found
+
+
+@lru_cache(maxsize=100_000)
+def _before_rest(engine: Any, pattern: str, flags: int, rest: int) -> Any:
+    """Matches that leave exactly `rest` characters: the engine then tries every way to match."""
+    return engine.compile(f"(?:{pattern})(?=(?s:.{{{rest}}})\\Z)", flags)
+
+
+def regex_ends(text: str, pattern: str, *, case: bool = False, word: bool = False) -> set[int]:
+    """Where in a whole text a match of a regex ends, by Python's `re` from every start.
+
+    By `regex` in texts with marks and joiners, which are parts of words to it as they are to us.
+    """
+    same_words = all(is_word_character(c) == (c.isalnum() or c == "_") for c in text)
+    engine = re if same_words else regex
+    found = set()
+    for end in range(1, len(text) + 1):
+        if word and end < len(text) and is_word_character(text[end]):
+            continue
+        compiled = _before_rest(engine, pattern, re.IGNORECASE if case else 0, len(text) - end)
+        starts = range(end) if word else range(1)
+        for start in starts:
+            if word and start > 0 and is_word_character(text[start - 1]):
+                continue
+            if (compiled.match if word else compiled.search)(text, start):
+                found.add(end)
+                break
+    return found
+
+
+def certain_ends(text: str, pattern: str, *, case: bool, word: bool) -> set[int]:
+    """The same for a text that may go on: whatever comes next, a match ends there."""
+    both = [regex_ends(text + c, pattern, case=case, word=word) for c in ("x", " ")]
+    return {end for end in both[0] & both[1] if end <= len(text)}
+
+
 def matches(
     text: str, what: Rule, index: int = 0, *, ended: bool = True
 ) -> list[tuple[int, int, int]]:
     """(end, index, start) of a rule's matches by plain comparison, in characters.
 
-    ended False = more may follow, so a word at the very end of the text is not yet one.
+    ended False = more may follow, so a word at the very end of the text is not yet one. start is -1
+    where a regex ends.
     """
+    ends: set[int] = set()
+    for pattern in what.regexes:
+        find = regex_ends if ended else certain_ends
+        ends |= find(text, pattern, case="case" in what.normalize, word=what.boundary == "word")
+    found = _literal_matches(text, what, index, ended) if what.literals else []
+    return [m for m in found if m[0] not in ends] + [(end, index, -1) for end in sorted(ends)]
+
+
+def _literal_matches(text: str, what: Rule, index: int, ended: bool) -> list[tuple[int, int, int]]:
     mapping = Mapping(what.normalize, what.boundary)
     separators = "separators" in what.normalize
     return find_matches(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streamguard.compiler.artifact import Artifact
+from streamguard.compiler.artifact import FORMAT_VERSION, Artifact
 from streamguard.compiler.program import compile_program
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import ArtifactError
@@ -26,6 +26,7 @@ DEFAULT = {
         {"id": "bomb", "literals": ["bomb", "tomb"], "action": "halt", "normalize": ["case"]},
         {"id": "city", "literals": ["Paris", "Größe"], "action": "mask", "boundary": "word"},
         {"id": "key", "literals": ["RSA"], "action": "redirect", "message": "No.\n“No.”"},
+        {"id": "number", "regexes": [r"\b\d{3}\b", "t+h"], "action": "mask"},
     ],
 }
 OTHER = {
@@ -196,7 +197,7 @@ def test_another_format_version_is_refused_by_its_number(written: Path, tmp_path
     content = bytearray(written.read_bytes())
     content[16:20] = (7).to_bytes(4, "little")
     message = refusal(copy_of(written, tmp_path, bytes(content)))
-    for fragment in ("format version 7", "expected 2", "streamguard compile"):
+    for fragment in ("format version 7", f"expected {FORMAT_VERSION}", "streamguard compile"):
         assert fragment in message
 
 

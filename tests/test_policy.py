@@ -172,7 +172,8 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
         in_rule(LITERALS + "\n    normalize: case"),
         ['normalize is "case" (a string)', "must be a list", '["case"]'],
     ),
-    "regexes": (in_rule("regexes: ['a+']"), ['"regexes" is not supported', "as literals"]),
+    "regex that is refused": (in_rule("regexes: ['a$']"), ['regexes[0] "a$" asks where', "Use"]),
+    "regex read as integer": (in_rule("regexes: [0123]"), ["regexes[0] is 0123 (an integer)"]),
     "probe": (
         in_rule("probe: p.safetensors\n    threshold: 0.5"),
         ['"probe" is not supported', '"threshold" is not supported', "Use literals"],

@@ -6,7 +6,16 @@ import random
 
 import ahocorasick
 import pytest
-from guard_cases import ODD, matches, policy, program, random_rules, random_text, rule
+from guard_cases import (
+    ODD,
+    characters_of,
+    matches,
+    policy,
+    program,
+    random_rules,
+    random_text,
+    rule,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,25 +47,8 @@ def scan(compiled: Program, data: bytes, sizes: list[int] | None = None) -> list
 
 def reference_scan(one: Policy, data: bytes) -> list[Match]:
     """The same by plain search of the decoded text, places turned back into raw bytes."""
-    text, offsets = "", [0]
-    at = 0
-    while at < len(data):
-        for size in (1, 2, 3, 4):  # one whole character, or the longest start of one
-            try:
-                character = data[at : at + size].decode()
-                break
-            except UnicodeDecodeError as error:
-                if error.reason != "unexpected end of data" or size == 4:
-                    size = max(error.end - error.start, 1) if size == 1 else size - 1
-                    character = "\ufffd"
-                    break
-                if at + size >= len(data):
-                    character = "\ufffd"
-                    break
-        at += size
-        text += character
-        offsets.append(min(at, len(data)))
-    assert text == data.decode(errors="replace")
+    characters = characters_of(data)
+    text, offsets = "".join(c for c, _ in characters), [0, *(end for _, end in characters)]
     found = [m for i, what in enumerate(one.rules) for m in matches(text, what, i)]
     return sorted(Match(index, offsets[start], offsets[end]) for end, index, start in found)
 

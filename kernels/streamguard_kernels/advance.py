@@ -48,9 +48,12 @@ class Tables(NamedTuple):
     best_rule        int32[num_states]
     groups           uint8[num_states]
     quiet            int32[num_states]          the state's copy for the end of a prompt, 0 = none:
-                                                there the mark behind a word completes nothing
+                                                there the mark behind a word completes nothing; of
+                                                regex tracks: -1 = no match is under way
     pattern_rule     int32[num_patterns]        global rule index
-    pattern_length   int32[num_patterns]        mapped bytes without the leading mark of a word
+    pattern_length   int32[num_patterns]        mapped bytes without the leading mark of a word;
+                                                0 = unknown, -1 = that too, and the match ended
+                                                before the character that this byte begins
     rule_rank        int32[num_rules]           lower = more severe
     token_offsets    int32[num_mappings, num_tokens + 1]   into `token_data`
     token_data       uint8[num_bytes]           mapped bytes of each token, mapping after mapping
@@ -70,6 +73,7 @@ class Tables(NamedTuple):
     entries          int32[num_pages * 256]
     map_offsets      int64[num_strings + 1]
     map_data         uint8[num_map_bytes]
+    track_regex      uint8[num_tracks]          1 = made from regexes: see `regex_masks`
     """
 
     trans: np.ndarray
@@ -105,15 +109,16 @@ class Tables(NamedTuple):
     entries: np.ndarray
     map_offsets: np.ndarray
     map_data: np.ndarray
+    track_regex: np.ndarray
 
 
-_TABLES = "u b l l l l l b l i i i i b i i i i i b u b u b l b l l l i i l b"
+_TABLES = "u b l l l l l b l i i i i b i i i i i b u b u b l b l l l i i l b b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[33, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[34, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 

@@ -30,7 +30,7 @@ from streamguard_kernels.utf8 import REPLACEMENT, SEPARATOR_BYTE, map_character
 
 _WALK = 4
 #: How a policy's mask rules are applied.
-RANGES_SUFFICE, WALKED = 1, 2
+RANGES_SUFFICE, WALKED, RANGES_AND_REGEXES = 1, 2, 3
 
 
 class Ranges(NamedTuple):
@@ -375,9 +375,11 @@ def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logi
     """Write -inf to the masked tokens of each row for which ranges say it all; return how many are not.
 
     masking      uint8[num_policies]: 0 = no mask rules, RANGES_SUFFICE = nothing more severe shares a
-                 state and no text's end completes a match, else WALKED: `mark_forbidden` has to.
+                 state and no text's end completes a match, RANGES_AND_REGEXES = the same, but for
+                 what regexes and the text's end complete, else WALKED: `mark_forbidden` has to.
     rows, slots  int64[num_rows]; logits float32[num_logits_rows, >= num_tokens], in/out.
-    left         int64[num_rows], out: indices of the rows that were left to `mark_forbidden`.
+    left         int64[num_rows], out: indices k of the rows that were left to `mark_forbidden`, and
+                 ~k (below 0) where only regexes and the text's end are left.
     Returns -1 if a row or slot is out of range, with nothing done.
     """
     t, s, r = unpack_tables(packed), unpack_slots(packed_slots), unpack_ranges(packed_ranges)
@@ -390,10 +392,13 @@ def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logi
         if s.policy[slot] < 0 or masking[s.policy[slot]] == 0:
             continue
         ordinary = s.plain[slot] and s.hidden[slot] and s.pending[slot] == 0
-        if not ordinary or masking[s.policy[slot]] != RANGES_SUFFICE:
+        if not ordinary or masking[s.policy[slot]] == WALKED:
             left[num_left] = k
             num_left += 1
             continue
+        if masking[s.policy[slot]] == RANGES_AND_REGEXES:
+            left[num_left] = ~k
+            num_left += 1
         row = logits[rows[k]]
         lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
         for track in range(lo, hi):

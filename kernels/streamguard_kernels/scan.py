@@ -46,7 +46,7 @@ def scan_kernel(
                   the last one that is neither a mark nor a separator that parts words.
     pending       int64[2], in/out: unfinished character, raw offset of its first byte.
     found         int64[capacity, 4], out: known-at (raw offset whose byte made it certain), end,
-                  rule, start.
+                  rule, start (-1 = not known: a regex).
     final         1 = the text ends after `data`.
     reserve       room in `found` that one byte can need; scanning stops before less is left.
     Returns (bytes consumed, number of matches).
@@ -136,9 +136,11 @@ def scan_kernel(
                             while pattern >= 0:
                                 length = t.pattern_length[pattern]
                                 found[count, 0] = here
-                                found[count, 1] = end
+                                found[count, 1] = end if length >= 0 else first
                                 found[count, 2] = t.pattern_rule[pattern]
-                                found[count, 3] = ring[k, (positions[k] - length) & (size - 1)]
+                                found[count, 3] = -1
+                                if length > 0:
+                                    found[count, 3] = ring[k, (positions[k] - length) & (size - 1)]
                                 count += 1
                                 pattern = t.next_pattern[pattern]
                             index = t.suffix_link[first_state + index]

@@ -48,7 +48,8 @@ def command(
     """Find every match of a policy in files or stdin, read as byte streams.
 
     Prints one JSON object a line with the keys rule, start, end and action: byte offsets into the
-    raw input, end exclusive, every rule and end once with the earliest start. With several files
+    raw input, end exclusive, every rule and end once with the earliest start (null: a regex ends
+    there, and may have begun at several places). With several files
     each object has the key file too. Lines are flushed as soon as a match is certain.
 
     \b

@@ -31,10 +31,15 @@ def is_word_character(character: str) -> bool:
 
 @dataclass(frozen=True, order=True)
 class Mapping:
-    """Normal forms and boundary of a rule; rules that share both share an automaton."""
+    """Normal forms and boundary of a rule; rules that share both share an automaton.
+
+    characters: read whole characters even without forms and boundary, so that broken bytes are the
+    U+FFFD that a client sees. Regexes need that; no literal can hold one.
+    """
 
     normalize: tuple[str, ...] = ()
     boundary: str = "none"
+    characters: bool = False
 
     @property
     def wrap(self) -> bool:
@@ -52,7 +57,7 @@ class Mapping:
 
     @property
     def is_identity(self) -> bool:
-        return not self.normalize and not self.wrap
+        return not self.normalize and not self.wrap and not self.characters
 
     def fold(self, text: str) -> str:
         """Apply the normal forms; runs of separators become one."""
@@ -105,7 +110,8 @@ class CharacterTables:
 
 
 @cache
-def _nonword_flags() -> np.ndarray:
+def nonword_flags() -> np.ndarray:
+    """int32[0x110000]: 1 = not a word character; surrogates count as none."""
     everything = (
         "".join(map(chr, range(0xD800))) + " " * 0x800 + "".join(map(chr, range(0xE000, 0x110000)))
     )
@@ -131,15 +137,14 @@ def _strings(mapping: Mapping) -> dict[int, bytes]:
 @cache
 def character_tables(mappings: tuple[Mapping, ...]) -> CharacterTables:
     """Tables for the given mappings, in that order. Up to a second a set of forms, cached."""
-    index_of: dict[bytes | None, int] = {
-        None: 0
-    }  # what a character is replaced by -> its index; 0 = the character itself
+    # What a character is replaced by -> its index; 0 = the character itself.
+    index_of: dict[bytes | None, int] = {None: 0}
     strings = [b""]
     page_of = np.zeros((max(len(mappings), 1), 0x1100), np.int32)
     pages: dict[bytes, int] = {}
     entries: list[np.ndarray] = []
     for m, mapping in enumerate(mappings):
-        table = _nonword_flags().copy() if mapping.wrap else np.zeros(0x110000, np.int32)
+        table = nonword_flags().copy() if mapping.wrap else np.zeros(0x110000, np.int32)
         for code_point, string in _strings(mapping).items():
             index = index_of.setdefault(string, len(strings))
             if index == len(strings):

@@ -9,10 +9,13 @@ from functools import cached_property
 import numpy as np
 
 from streamguard.compiler.mapping import Mapping, character_tables
+from streamguard.compiler.regex_outputs import outputs_of
+from streamguard.compiler.regexes import Regex, RegexTrack, tracks_of
 from streamguard.compiler.rules import MASK, STOP, CompiledRule, RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
+from streamguard.policy_regexes import regexes_of
 from streamguard_kernels.advance import STATE_MASK, Tables, token_shortcuts
 from streamguard_kernels.automaton import (
     absorb_runs,
@@ -23,7 +26,7 @@ from streamguard_kernels.automaton import (
     pack_transitions,
     states_behind,
 )
-from streamguard_kernels.hold import hold_depths
+from streamguard_kernels.hold import UNKNOWN, hold_depths
 from streamguard_kernels.lookahead import (
     Ranges,
     build_own_ranges,
@@ -39,7 +42,12 @@ MAX_TABLE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class _Automaton:
-    """One track's own tables, before they are joined."""
+    """One track's own tables, before they are joined.
+
+    start    entry of the state at the start of a text. longest: mapped bytes of its longest match.
+    twin     whether a second track reads the output as a text of its own.
+    regex    whether it was made from regexes: it has no pattern bytes and no failure links then.
+    """
 
     mapping: Mapping
     pattern_data: np.ndarray
@@ -56,6 +64,11 @@ class _Automaton:
     best_rule: np.ndarray
     groups: np.ndarray
     quiet: np.ndarray
+    pattern_length: np.ndarray
+    start: int
+    longest: int
+    twin: bool
+    regex: bool = False
 
     @property
     def num_walked(self) -> int:
@@ -127,9 +140,8 @@ class Program:
     def hold_depths(self) -> np.ndarray:
         """int32[num_states]: mapped bytes at the end of the text that may still begin a match.
 
-        Of mask, halt and redirect rules; see `hold.hold_depths`. Read off the tables alone. A track
-        that is no Aho-Corasick automaton has to fill its states with `hold.UNKNOWN` or, better, the
-        length of its longest live partial match.
+        Of mask, halt and redirect rules; see `hold.hold_depths`. Read off the tables alone. Of a regex
+        only whether a match is under way: `hold.UNKNOWN` then.
         """
         t = self.tables
         withholds = np.array([r.group in (MASK, STOP) for r in self.rules], bool)
@@ -140,6 +152,9 @@ class Program:
             if t.track_twin[track]:
                 continue
             states = slice(first, first + num_states[first])
+            if t.track_regex[track]:
+                depths[states] = np.where(t.quiet[states] < 0, 0, UNKNOWN)
+                continue
             ends = np.zeros(num_states[first], np.uint8)
             pattern = t.first_pattern[states]
             while (pattern >= 0).any():
@@ -183,6 +198,17 @@ class Program:
             base = int(t.track_base[track])
             mapping = int(t.track_mapping[track])
             tokens, offsets = orders[mapping], t.token_offsets[mapping]
+            if automaton.regex:  # `regex_masks` finds its tokens; there are no ranges
+                own_base.append(num_offsets)
+                state_base.append(num_states)
+                own_offsets.append(np.full(automaton.num_states + 1, num_own, np.int64))
+                own.append(np.zeros((0, 2), np.int32))
+                links.append(np.zeros(automaton.num_states, np.int32))
+                whole.append(np.zeros(0, np.int32))
+                whole_span.append((num_whole, num_whole))
+                num_states += automaton.num_states
+                num_offsets += automaton.num_states + 1
+                continue
             wanted = (rule_group[automaton.pattern_rule] & group).astype(np.uint8)
 
             def own_ranges(
@@ -259,7 +285,8 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
     num_entries = 0
     for name in names:
         mine = [(i, r.rule) for i, r in enumerate(rules) if r.policy == name]
-        for mapping in sorted({Mapping(rule.normalize, rule.boundary) for _, rule in mine}):
+        with_literals = [rule for _, rule in mine if rule.literals]
+        for mapping in sorted({Mapping(rule.normalize, rule.boundary) for rule in with_literals}):
             if mapping not in mappings:
                 mappings.append(mapping)
             literals = [
@@ -273,9 +300,24 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
             )
             num_entries += automaton.packed.size
             tracks.append((len(automata), False))
-            if mapping.wrap:
+            if automaton.twin:
                 tracks.append((len(automata), True))
             automata.append(automaton)
+        regex_rules = [(i, regex) for i, rule in mine for regex in regexes_of(rule)]
+        for track in tracks_of([regex for _, regex in regex_rules]):
+            automaton = _build_regexes(track, regex_rules, rank, group, num_entries)
+            if automaton.mapping not in mappings:
+                mappings.append(automaton.mapping)
+            num_entries += automaton.packed.size
+            tracks.append((len(automata), False))
+            if automaton.twin:
+                tracks.append((len(automata), True))
+            automata.append(automaton)
+        if 4 * num_entries > MAX_TABLE_BYTES:
+            raise PolicyError(
+                f"{policies.policies[name].source}: with its regexes the transition tables are "
+                f"larger than {MAX_TABLE_BYTES >> 20} MiB, the limit of this version. Drop some."
+            )
         policy_tracks.append(len(tracks))
 
     tables = _join(vocabulary, mappings, automata, tracks, policy_tracks, rank)
@@ -285,7 +327,7 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
         policies.sha256,
         time.perf_counter() - started,
         int(np.diff(tables.policy_tracks).max()),
-        max(int(np.diff(a.pattern_offsets).max()) for a in automata),
+        max(a.longest for a in automata),
         tuple(automata),
         tuple(index for index, _ in tracks),
     )
@@ -332,10 +374,36 @@ def _build(
         ends = [BEFORE_NONWORD, SEPARATOR_BYTE] if mapping.separators else [BEFORE_NONWORD]
         packed, quiet = _add_quiet_states(packed, num_classes, class_of[ends])
     more = len(quiet) - len(goto)
+    start = int(packed[class_of[AFTER_NONWORD]]) & STATE_MASK if mapping.wrap else base
+    length = np.diff(offsets) - mapping.wrap
     return _Automaton(
         mapping, data, offsets, pattern_rule, class_of, packed, len(quiet), num_classes, failure,
         np.pad(first, (0, more), constant_values=-1), following, np.pad(suffix, (0, more)),
         np.pad(best, (0, more), constant_values=-1), np.pad(groups, (0, more)), quiet,
+        length, start, int(length.max()) + mapping.wrap, mapping.wrap,
+    )  # fmt: skip
+
+
+def _build_regexes(
+    track: RegexTrack,
+    regex_rules: list[tuple[int, Regex]],
+    rank: np.ndarray,
+    group: np.ndarray,
+    base: int,
+) -> _Automaton:
+    dfa, no_bytes = track.dfa, np.zeros(0, np.uint8)
+    num_states, num_classes = dfa.goto.shape
+    rules = [[i for i, owned in regex_rules if owned == regex] for regex in track.regexes]
+    out = outputs_of(dfa, rules, rank, group)
+    # Characters, not raw bytes: to a reader a broken byte is a U+FFFD, which classes may take.
+    mapping = Mapping((), "word") if track.marks else Mapping(characters=True)
+    return _Automaton(
+        mapping, no_bytes, np.zeros(1, np.int64), out.pattern_rule, dfa.class_of,
+        pack_transitions(dfa.goto, out.groups, base, np.zeros(0, np.int32)), num_states, num_classes,
+        np.zeros(num_states, np.int32), out.first_pattern, out.next_pattern,
+        np.zeros(num_states, np.int32), out.best_rule, out.groups,
+        np.where(dfa.idle, -1, dfa.quiet).astype(np.int32), out.pattern_length,
+        base + dfa.start * num_classes, track.longest, track.marks or track.starts, regex=True,
     )  # fmt: skip
 
 
@@ -395,11 +463,6 @@ def _join(
     def per_track(values: list[int] | np.ndarray) -> np.ndarray:
         return np.array([values[index] for index, _ in tracks], np.int64)
 
-    starts = []
-    for base, automaton in zip(bases, automata, strict=False):
-        mark = automaton.class_of[AFTER_NONWORD]
-        start = int(automaton.packed[mark]) & 0x7FFFFFFF if automaton.mapping.wrap else int(base)
-        starts.append(start)
     trans = np.concatenate([a.packed for a in automata])
     all_token_data = np.concatenate(token_data)
     shortcuts = [
@@ -416,7 +479,7 @@ def _join(
         track_classes=per_track([a.num_classes for a in automata]),
         track_states=per_track(states),
         track_mapping=per_track([mappings.index(a.mapping) for a in automata]),
-        track_start=per_track(starts),
+        track_start=per_track([a.start for a in automata]),
         track_twin=np.array([twin for _, twin in tracks], np.uint8),
         policy_tracks=np.array(policy_tracks, np.int64),
         first_pattern=np.concatenate(
@@ -430,9 +493,7 @@ def _join(
         groups=np.concatenate([a.groups for a in automata]),
         quiet=np.concatenate([a.quiet for a in automata]),
         pattern_rule=np.concatenate([a.pattern_rule for a in automata]),
-        pattern_length=np.concatenate(
-            [np.diff(a.pattern_offsets) - a.mapping.wrap for a in automata]
-        ).astype(np.int32),
+        pattern_length=np.concatenate([a.pattern_length for a in automata]).astype(np.int32),
         rule_rank=rank,
         token_offsets=token_offsets,
         token_data=all_token_data,
@@ -451,4 +512,5 @@ def _join(
         entries=characters.entries,
         map_offsets=characters.map_offsets,
         map_data=characters.map_data,
+        track_regex=np.array([automata[index].regex for index, _ in tracks], np.uint8),
     )
