@@ -196,7 +196,7 @@ def test_another_format_version_is_refused_by_its_number(written: Path, tmp_path
     content = bytearray(written.read_bytes())
     content[16:20] = (7).to_bytes(4, "little")
     message = refusal(copy_of(written, tmp_path, bytes(content)))
-    for fragment in ("format version 7", "expected 1", "streamguard compile"):
+    for fragment in ("format version 7", "expected 2", "streamguard compile"):
         assert fragment in message
 
 
