@@ -11,6 +11,7 @@ from guard_cases import (
     BLOCKING,
     EVERY_BYTE,
     PIECES,
+    distinct,
     policy,
     program,
     random_rules,
@@ -106,12 +107,17 @@ def test_forbidden_tokens_are_exact_for_many_patterns(num_patterns: int, seed: i
     tokens += ["".join(rng.choices(words, k=2)).encode()[: rng.randint(1, 9)] for _ in range(200)]
     pieces = [*words, " "]
     literals = ["".join(rng.choices(pieces, k=rng.randint(2, 6))) for _ in range(num_patterns)]
-    kinds = [("mask", False, False), ("halt", True, False)]
-    kinds += [("mask", False, True), ("redirect", True, True)]
+    separated = ("zero-width", "separators")
+    kinds: list[tuple[str, tuple[str, ...], bool]] = [
+        ("mask", (), False),
+        ("halt", ("case",), False),
+    ]
+    kinds += [("mask", (), True), ("redirect", ("case",), True)]
+    kinds += [("mask", separated, False), ("halt", separated, True)]
     rules = []
-    for i, (action, case, word) in enumerate(kinds):
-        unique = {(x.casefold() if case else x): x for x in literals[i::4]}
-        rules.append(rule(action, *unique.values(), case=case, word=word))
+    for i, (action, forms, word) in enumerate(kinds):
+        if unique := distinct(literals[i :: len(kinds)], forms):
+            rules.append(rule(action, *unique, forms=forms, word=word))
     session = Session(program(policy(*rules), vocabulary(tokens)), 1)
     known = set(tokens)
     for trial in range(8 if num_patterns > 1000 else 20):
