@@ -139,14 +139,11 @@ class Context:
 
     @cached_property
     def word_hold(self) -> WordHold | None:
-        """What frontends withhold under policies with word rules; None if no policy has any."""
-        from streamguard.compiler.rules import OBSERVE
-
-        if not any(r.rule.boundary == "word" and r.group != OBSERVE for r in self.table.rules):
-            return None
+        """What frontends withhold under rules that need the next character; None if there are none."""
         from streamguard.holdback import WordHold
 
-        return WordHold(self.policies, self.table)
+        hold = WordHold(self.policies, self.table)
+        return hold if hold.policies else None
 
     @cached_property
     def admission_metrics(self) -> AdmissionMetrics:

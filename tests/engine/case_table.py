@@ -47,7 +47,9 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 def rule(action: str, *literals: str, name: str | None = None, **more: Any) -> dict[str, Any]:
     """A rule of a policy file."""
-    found = {"id": name or f"no-{action}", "action": action, "literals": list(literals), **more}
+    found = {"id": name or f"no-{action}", "action": action, **more}
+    if literals:
+        found["literals"] = list(literals)
     return {**found, "message": MESSAGE} if action == "redirect" else found
 
 
@@ -268,6 +270,22 @@ def _fixed(plan: Plan) -> None:
     for name, allowed, size in (("word-at-limit", [k], 2), ("no-word-at-limit", [k], 3)):
         params = {"allowed_token_ids": allowed, "max_tokens": size}
         plan.requests[name] = Request("Go ", params, "word")
+    # A grammar makes the model write it; what the guard finds is certain one character later.
+    rules = {
+        "word-literal": (rule("halt", "kk", boundary="word"), "kk a"),
+        "word-regex": (rule("halt", regexes=[r"\bk{2,3}\b"]), "kkk a"),
+        "word-evasive": (
+            rule("halt", "kk", normalize=["case", "zero-width", "separators"], boundary="word"),
+            "k . K a",
+        ),
+    }
+    for name, (found, text) in rules.items():
+        plan.policies[name] = [found]
+        forced = StructuredOutputsParams(choice=[text])
+        params = {"max_tokens": 16, "structured_outputs": forced}
+        plan.requests[name] = Request("Go ", params, name)
+        plan.requests[f"{name}-unhurt"] = Request("Go ", params, "word-unhurt")
+    plan.policies["word-unhurt"] = [rule("halt", "kkkk", boundary="word")]
 
 
 def _crowd(plan: Plan) -> None:

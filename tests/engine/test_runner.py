@@ -247,6 +247,21 @@ def test_word_that_the_length_limit_ends_is_a_word(outcome: Outcome) -> None:
     assert (longer.text, longer.finish_reason) == ("kkk", "length")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("literal", "kk a"), ("regex", "kkk a"), ("evasive", "k . K a")]
+)
+def test_word_that_only_the_next_character_makes_certain_is_never_shown(
+    name: str, text: str, outcome: Outcome, streamed: Outcome
+) -> None:
+    for replies in (outcome.replies, streamed.replies):
+        (reply,) = replies[f"word-{name}"]
+        assert (reply.finish_reason, reply.stop_reason) == ("content_filter", "streamguard:no-halt")
+        assert text.startswith(reply.text)
+        assert len(reply.text) < len(text) - 2
+        (unhurt,) = replies[f"word-{name}-unhurt"]
+        assert (unhurt.text, unhurt.finish_reason) == (text, "stop")
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_more_rules_than_spare_ids_still_name_the_rule(
     action: str, plan: Plan, outcome: Outcome
