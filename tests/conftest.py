@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from mrv2_run import Mrv2Run
 
 from streamguard.demo_model import demo_model, tiny_model
 
@@ -39,6 +40,29 @@ def pytest_report_header(config: pytest.Config) -> str:
         f"seeds: STREAMGUARD_TEST_SEED={SEED}, --hypothesis-seed={config.option.hypothesis_seed}"
         " (set them to repeat this run)"
     )
+
+
+_RUN = pytest.StashKey[Mrv2Run]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "mrv2_run" in getattr(item, "fixturenames", ()))
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.items and "mrv2_run" in getattr(session.items[-1], "fixturenames", ()):
+        session.stash[_RUN] = Mrv2Run()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _RUN in session.stash:
+        session.stash[_RUN].stop()
+
+
+@pytest.fixture
+def mrv2_run(request: pytest.FixtureRequest) -> Mrv2Run:
+    """The run of the engine tests in Model Runner V2 that began with this session."""
+    return request.session.stash[_RUN]
 
 
 @pytest.fixture(scope="session")
