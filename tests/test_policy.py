@@ -82,7 +82,7 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
         "version: 1\nextends: [secret]\n",
         [
             'extends[0]: no pack is named "secret"',
-            "packs: prompt-leak, secrets.",
+            "packs: pii, prompt-leak, secrets.",
             'mean "secrets"?',
         ],
     ),
