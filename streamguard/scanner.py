@@ -136,7 +136,7 @@ class Scanner:
 
     def save(self) -> Checkpoint:
         """Where the reading stands, to come back to it with `load`."""
-        return Checkpoint(self._place.copy(), self._position)
+        return Checkpoint(self._place.copy(), self._position, tuple(self._recent))
 
     def load(self, saved: Checkpoint) -> None:
         """Come back to a checkpoint of this or another scanner of the same policy.
@@ -145,6 +145,7 @@ class Scanner:
         """
         self._place[:] = saved.place
         self._position = saved.position
+        self._recent = list(saved.recent)
 
     def hold_start(self) -> int:
         """Offset before which nothing can be part of a match of a withholding rule any more.
@@ -166,6 +167,7 @@ class Checkpoint(NamedTuple):
 
     place: np.ndarray
     position: int
+    recent: tuple[tuple[int, int], ...]
 
 
 def _matches(rows: np.ndarray) -> Iterator[Match]:

@@ -227,6 +227,49 @@ def test_under_every_normal_form_no_match_is_ever_shown(seed: int) -> None:
     assert num_cut
 
 
+REGEXES = (r"[\w.%+-]+@(?:[\w-]+\.)+[a-z]{2}", r"\bb[o0]+m\b", r"[0-9]{4}(?:-[0-9]{4})*", r"k.k")
+
+
+def test_regexes_hold_what_they_need_and_pieces_change_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    num_cut = 0
+    for _ in range(60):
+        rules = [rule(rng.choice(["mask", "halt", "redirect"]), regexes=[rng.choice(REGEXES)])]
+        rules += random_rules(rng, LITERALS, rng.randint(0, 2), case_or_none)
+        compiled = program(policy(*rules))
+        parts = [
+            "a@b.cd ",
+            "boom",
+            "b0m. ",
+            "1234-",
+            "5678",
+            "kok",
+            "k k",
+            "bob@example.com",
+            " x ",
+        ]
+        text = "".join(rng.choices([*parts, *LITERALS], k=8))
+        whole = run(compiled, [text])
+        num_cut += whole[0] != text
+        assert run(compiled, pieces(rng, text, rng.choice([1, 3]))) == whole
+        assert not closed_matches(compiled, whole[0].encode()), (compiled.rules, text, whole)
+        shown, stream = "", TextStream(compiled, 0)
+        for character in text:
+            shown += stream.feed(character)
+            assert not closed_matches(compiled, shown.encode()), (compiled.rules, text, shown)
+        if not closed_matches(compiled, text.encode()):
+            assert whole[0] == text
+    assert num_cut
+
+
+def test_a_regex_cuts_out_its_match_and_no_more() -> None:
+    one = program(policy(rule("mask", regexes=[REGEXES[0]])))
+    assert run(one, ["Write to alice@example.co now"])[0] == f"Write to {MARK} now"
+    assert run(one, list("Write to alice@example.co now"))[0] == f"Write to {MARK} now"
+    stream = TextStream(one, 0)
+    assert stream.feed("Write to ") == "Write to "
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_after_every_piece_exactly_what_the_reference_shows_is_shown(
     broken: bool, seed: int
