@@ -15,6 +15,7 @@ from guard_cases import (
     PIECES,
     TextOracle,
     characters_of,
+    decode,
     policy,
     program,
     random_regex_rules,
@@ -218,6 +219,10 @@ def test_hits_equal_re_after_every_token(seed: int) -> None:
         compiled = program(policy(*rules), VOCABULARY)
         one = Session(compiled, 2)
         prompt = list(random_data(rng, 4)) if rng.random() < 0.5 else []
+        if decode(bytes(prompt), False) != decode(bytes(prompt), True):
+            # Of a character that the prompt leaves unfinished the output's own reading sees the end,
+            # a U+FFFD: more than the oracle, which knows the output's bytes alone.
+            prompt.append(ord(" "))
         hidden = rng.random() < 0.5
         ends = rng.choice([(), (EOS,), (EOS, ord("b"))])
         one.reset(1, prompt, hide_special_tokens=hidden, end_token_ids=ends)
