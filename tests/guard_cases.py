@@ -6,6 +6,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -268,6 +269,11 @@ def spelled(literal: str, forms: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _parts(what: Rule) -> list[Rule]:
+    literals = [replace(what, regexes=())] if what.literals else []
+    return literals + [replace(what, literals=(), regexes=(one,)) for one in what.regexes]
+
+
 class TextOracle:
     """What a session must report, by looking at the whole text again after every token."""
 
@@ -277,14 +283,20 @@ class TextOracle:
     ) -> None:  # fmt: skip
         self.vocabulary = compiled.vocabulary
         name = compiled.policies[policy_index]
-        self.rules = [(i, r.rule) for i, r in enumerate(compiled.rules) if r.policy == name]
+        # Each regex apart: two of one rule may find one end, at different characters.
+        self.rules = [
+            (number, i, part)
+            for i, r in enumerate(compiled.rules)
+            if r.policy == name
+            for number, part in enumerate(_parts(r.rule))
+        ]
         self.hidden, self.ends, self.show_end = hidden, set(ends), show_end
         self.prompt = b"".join(self._shown(token) for token in prompt)
         self.output = b""
         self.ended = False
         # A word that stands whole at the prompt's end is not the model's, whatever follows it.
         text = decode(self.prompt, False)
-        whole = {("joined", *m) for i, what in self.rules for m in matches(text, what, i)}
+        whole = {("joined", n, *m) for n, i, part in self.rules for m in matches(text, part, i)}
         self._known = self._matches() | whole
 
     def _shown(self, token: int) -> bytes:
@@ -292,13 +304,14 @@ class TextOracle:
             return b""
         return self.vocabulary.token_bytes[token]
 
-    def _matches(self) -> set[tuple[str, int, int, int]]:
+    def _matches(self) -> set[tuple[str, int, int, int, int]]:
         """Matches of the output read alone, and of prompt and output read as one text."""
         found = set()
         for reading, data in (("alone", self.output), ("joined", self.prompt + self.output)):
             text = decode(data, self.ended)
-            for index, what in self.rules:
-                found |= {(reading, *m) for m in matches(text, what, index, ended=self.ended)}
+            for number, index, part in self.rules:
+                new = matches(text, part, index, ended=self.ended)
+                found |= {(reading, number, *m) for m in new}
         return found
 
     def feed(self, token: int, *, last: bool = False) -> set[int]:
@@ -309,7 +322,7 @@ class TextOracle:
         self.ended = ends or last
         found = self._matches() - self._known
         self._known |= found
-        return {index for _, _, index, _ in found}
+        return {index for _, _, _, index, _ in found}
 
 
 def fill(session: Session, slot: int, tokens: Iterable[int]) -> None:
