@@ -35,6 +35,7 @@ DEV = [
     "hypothesis>=6.110",
     "pyahocorasick>=2.1",
     "httpx>=0.27",
+    "triton>=3.5",
     "ruff>=0.8",
     "mypy>=1.13",
     "types-PyYAML>=6.0",

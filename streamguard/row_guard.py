@@ -147,14 +147,16 @@ class RowGuard:
         merely goes on fires nothing.
         """
         mine = np.asarray(slots, np.int64)
-        # The model itself chose a reserved id: to the reader that is no verdict.
-        sampled[self._spare[sampled]] = self.codes.eos_id
         running = self._running[mine]
         for row in np.flatnonzero(running):
             sampled[row] = self._progress[mine[row]].forced(self.codes)
-        rows = np.flatnonzero(~running)
-        live = mine[rows]
-        hits = self.session.peek(live, sampled[rows], self._last(live))
+        # Slots that were let pass after an error are not looked at: the error may come again.
+        rows = np.flatnonzero(~running & self.session.is_guarded(mine))
+        live, chosen = mine[rows], sampled[rows]
+        # The model itself chose a reserved id: to the reader that is no verdict.
+        chosen[self._spare[chosen]] = self.codes.eos_id
+        sampled[rows] = chosen
+        hits = self.session.peek(live, chosen, self._last(live))
         events: dict[int, list[int]] = {}
         if hits.any():
             for at, rule in self.session.events():

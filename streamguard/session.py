@@ -21,6 +21,7 @@ from streamguard_kernels.advance import (
     ENDS,
     FIRST,
     LAST,
+    SILENT,
     UNSEEN,
     Slots,
     pack_slots,
@@ -74,9 +75,9 @@ class Session:
             scratch=np.zeros(program.max_tracks, np.int64),
             row_last=np.zeros(_ROWS, np.uint8),
         )
-        self._advance_call = np.zeros(5, np.int64)
-        self._peek_call = np.zeros(5, np.int64)
-        self._advance_call[COMMIT] = 1
+        self._advance_call, self._prompt_call, self._peek_call = np.zeros((3, 6), np.int64)
+        self._advance_call[COMMIT] = self._prompt_call[COMMIT] = 1
+        self._prompt_call[SILENT] = 1  # what a prompt holds is no event, and could be a million
         self._replace()
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
@@ -147,7 +148,7 @@ class Session:
             if len(tail) < len(prompt):
                 # In the middle of a text nothing is known of the character before the tail.
                 mine.state[slot, : hi - lo] = t.track_base[lo:hi]
-            self._walk(self._advance_call, np.full(len(tail), slot), tail)
+            self._walk(self._prompt_call, np.full(len(tail), slot), tail)
             states = mine.state[slot, : hi - lo]
             twin = t.track_twin[lo:hi] == 1
             states[twin] = t.track_start[lo:hi][twin]
@@ -157,7 +158,7 @@ class Session:
             states[:] = np.where(quiet > 0, base + quiet * classes, states)
         mine.end_tokens[slot, : len(end_tokens)] = end_tokens
         mine.plain[slot] = t.token_special[end_tokens].all()
-        mine.num_events[0] = 0  # what the prompt holds is no event
+        mine.num_events[0] = 0  # of whoever was asked about before
 
     def snapshot(self, slot: int) -> tuple[NDArray[np.int64], int]:
         """Copy of a slot's track states (int64[max_tracks]) and its unfinished character."""
@@ -230,6 +231,11 @@ class Session:
             self._mark(slot, STOP, stop, last)
             forbidden |= stop
         return np.flatnonzero(forbidden).astype(np.int64)
+
+    def is_guarded(self, slots: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each slot is under a policy, neither new nor released: bool[num_rows]."""
+        guarded: NDArray[np.bool_] = self._slots.policy[np.asarray(slots, np.int64)] >= 0
+        return guarded
 
     def needs_mask(self, slots: ArrayLike) -> NDArray[np.bool_]:
         """Whether the policy of each slot has mask rules: bool[num_rows]."""
@@ -373,7 +379,7 @@ class Session:
         self._slots = self._slots._replace(**arrays)
         self._packed_slots = pack_slots(self._slots)
         self._slots_at = address(self._packed_slots)
-        for call in (self._advance_call, self._peek_call):
+        for call in (self._advance_call, self._prompt_call, self._peek_call):
             call[:2] = self._tables_at, self._slots_at
 
     def _tail(self, p: int, prompt: NDArray[np.int64], hidden: bool) -> NDArray[np.int64]:

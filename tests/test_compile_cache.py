@@ -93,6 +93,20 @@ def test_a_folder_that_cannot_be_written_stops_nothing(
     assert "is not kept" in caplog.text
 
 
+def test_a_folder_that_others_can_write_is_not_trusted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached_program(policies(), VOCABULARY)
+    folder.chmod(0o777)
+    compiled: list[int] = []
+    real = cache.compile_program
+    monkeypatch.setattr(cache, "compile_program", lambda *a: compiled.append(1) or real(*a))
+    with caplog.at_level(logging.WARNING, cache.logger.name):
+        assert any(hits(cached_program(policies(), VOCABULARY)))
+    assert compiled
+    assert "can be written by others" in caplog.text
+
+
 def test_only_the_newest_files_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "_KEPT", 2)
     for word in ("one", "two", "three", "four"):

@@ -25,7 +25,7 @@ HIT_BIT = 0x80000000
 #: What the end of a text does to its token: its own text is not read; nothing follows it.
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
-COMMIT, ENDS, FIRST = 2, 3, 4
+COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
@@ -352,10 +352,11 @@ def walk_kernel(call, slots, tokens, best):
     bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
     same bytes from the root goes on as that does, and where that leads is in `token_end`.
 
-    call    int64[5]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
+    call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
             the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
             what the end of the text would complete; ENDS: 1 = `row_last` counts, 0 = no text ends;
-            FIRST: row to begin with, and the events of rows before it are kept.
+            FIRST: row to begin with, and the events of rows before it are kept; SILENT: 1 = events
+            are not wanted.
     slots, tokens int64[num_rows].
     best    int64[num_rows], out: 1 + the most severe rule that completed, 0 = none.
     Returns the number of rows done, smaller than num_rows if the events of the next one do not fit
@@ -365,6 +366,7 @@ def walk_kernel(call, slots, tokens, best):
     """
     packed, packed_slots = call[0], call[1]
     commit, ends_count, first = call[COMMIT], call[ENDS], call[FIRST]
+    silent = np.int64(-1)
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     num_slots, num_tokens = s.policy.shape[0], t.token_special.shape[0]
     max_tracks = s.scratch.shape[0]
@@ -426,9 +428,8 @@ def walk_kernel(call, slots, tokens, best):
                 s.state[mine + track - lo] = s.scratch[track - lo]
         ends = np.int64(LAST) if ends_count and s.row_last[row] else np.int64(0)
         events = s.num_events[0]
-        pending, rule = _walk_row(
-            packed, packed_slots, slots[row], tokens[row], ends, np.int64(row)
-        )
+        told = silent if call[SILENT] else np.int64(row)
+        pending, rule = _walk_row(packed, packed_slots, slots[row], tokens[row], ends, told)
         if 2 * s.num_events[0] > s.events.shape[0]:
             s.num_events[0] = events
             return row

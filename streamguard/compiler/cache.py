@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import stat
 import sys
 import unicodedata
 from importlib.metadata import version
@@ -33,6 +34,14 @@ def cached_program(policies: PolicySet, vocabulary: Vocabulary) -> Program:
     """`compile_program`, or the mapped result of an earlier call in any process. Raises PolicyError."""
     folder = cache_folder() / "compiled"
     path = folder / f"{_digest(policies, vocabulary)}.sga"
+    if folder.exists() and _others_may_write(folder):
+        # Its checksum shows damage, not a table made by somebody else to let everything through.
+        logger.warning(
+            "streamguard: %s can be written by others; the policy is compiled at each start. "
+            "Make the folder your own (chmod go-w), or name another in STREAMGUARD_CACHE.",
+            folder,
+        )
+        return compile_program(policies, vocabulary)
     if path.exists():
         try:
             program = Artifact.load(
@@ -50,6 +59,16 @@ def cached_program(policies: PolicySet, vocabulary: Vocabulary) -> Program:
     except OSError as error:  # a full disk or a read-only home must not stop the guard
         logger.warning("streamguard: the compiled policy is not kept for the next start: %s", error)
     return program
+
+
+def _others_may_write(folder: Path) -> bool:
+    """Whether a user other than this one and root can put files there."""
+    for place in (folder, folder.parent):
+        found = place.stat()
+        shared = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
+        if shared or found.st_uid not in (0, os.geteuid()):
+            return True
+    return bool(folder.stat().st_mode & 0o022)
 
 
 def _digest(policies: PolicySet, vocabulary: Vocabulary) -> str:
