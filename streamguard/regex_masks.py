@@ -73,6 +73,6 @@ class RegexMasks:
         order, shared = self._orders[mapping]
         found: NDArray[np.int32] = completing_tokens(
             t.trans, t.class_of[track], int(t.track_base[track]), int(t.track_classes[track]),
-            t.groups[t.track_states[track] :], group, state, order, shared, offsets, t.token_data,
+            t.groups[t.track_places[track] :], group, state, order, shared, offsets, t.token_data,
         )  # fmt: skip
         return found

@@ -53,8 +53,7 @@ class Scanner:
         self._ring = np.zeros((num, size), np.int64)
         most = 0
         for track in range(self._lo, self._hi):
-            first = t.track_states[track]
-            of_track = slice(first, first + program.states_of_track(track))
+            of_track = program.outputs_of_track(track)
             most = max(
                 most,
                 most_matches_per_byte(
@@ -156,7 +155,7 @@ class Scanner:
         end = int(self._pending[1]) if self._pending[0] else self._position
         return int(
             hold_start(
-                self._hold_depths, t.track_base, t.track_classes, t.track_states, t.track_twin,
+                self._hold_depths, t.track_base, t.track_classes, self._program.first_states, t.track_twin,
                 self._lo, self._states, self._positions, self._ring, self._quiet, end,
             )
         )  # fmt: skip

@@ -24,6 +24,8 @@ from streamguard_kernels.advance import (
     SILENT,
     UNSEEN,
     Slots,
+    close_prompts,
+    end_groups,
     pack_slots,
     pack_tables,
     walk_kernel,
@@ -38,7 +40,7 @@ from streamguard_kernels.lookahead import (
 )
 from streamguard_kernels.packing import address
 from streamguard_kernels.regex_masks import states_before_tokens
-from streamguard_kernels.utf8 import BEFORE_NONWORD, MAX_MAPPED_BYTES
+from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _EVENTS = _ROWS = 4096
 _INT64 = np.dtype(np.int64)  # the instance: numpy takes 0.2 µs to find it by its type
@@ -153,9 +155,7 @@ class Session:
             twin = t.track_twin[lo:hi] == 1
             states[twin] = t.track_start[lo:hi][twin]
             # A word that stands whole at the prompt's end is not the model's, whatever follows it.
-            base, classes = t.track_base[lo:hi], t.track_classes[lo:hi]
-            quiet = t.quiet[t.track_states[lo:hi] + (states - base) // classes].astype(np.int64)
-            states[:] = np.where(quiet > 0, base + quiet * classes, states)
+            close_prompts(self._tables_at, lo, states)
         mine.end_tokens[slot, : len(end_tokens)] = end_tokens
         mine.plain[slot] = t.token_special[end_tokens].all()
         mine.num_events[0] = 0  # of whoever was asked about before
@@ -294,12 +294,9 @@ class Session:
     def _end_completes(self, slot: int, group: int) -> bool:
         """Whether the end of the text, which shows nothing more, would complete a match."""
         t, p = self._tables, self._slots.policy[slot]
-        tracks = slice(t.policy_tracks[p], t.policy_tracks[p + 1])
-        states = self._slots.state[slot, : tracks.stop - tracks.start]
-        behind = t.trans[states + t.class_of[tracks, BEFORE_NONWORD]] & 0x7FFFFFFF
-        index = (behind - t.track_base[tracks]) // t.track_classes[tracks] + t.track_states[tracks]
-        wraps = t.mapping_wrap[t.track_mapping[tracks]] != 0
-        return bool((wraps & (t.groups[index] & group != 0)).any())
+        lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
+        states = self._slots.state[slot, : hi - lo]
+        return bool(end_groups(self._tables_at, lo, states) & group)
 
     def _mark(self, slot: int, group: int, forbidden: NDArray[np.uint8], last: bool) -> None:
         p = int(self._slots.policy[slot])

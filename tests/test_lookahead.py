@@ -25,6 +25,8 @@ from streamguard.session import Session
 from streamguard_kernels.lookahead import token_order
 from streamguard_kernels.reference import completing_tokens
 
+pytestmark = pytest.mark.usefixtures("layout")
+
 VOCABULARY = vocabulary(PIECES)
 START, EOS = len(PIECES), len(PIECES) + 1
 ALL = np.arange(len(VOCABULARY))

@@ -30,6 +30,8 @@ from streamguard.compiler.program import Program
 from streamguard.errors import ShapeError
 from streamguard.session import Session
 
+pytestmark = pytest.mark.usefixtures("layout")
+
 VOCABULARY = vocabulary(PIECES)
 TOKENS = {piece: i for i, piece in enumerate(PIECES)}
 START, EOS, SHOWN_BOMB, SHOWN_OM, SHOWN_SPACE = range(len(PIECES), len(VOCABULARY))

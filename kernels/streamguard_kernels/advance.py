@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from streamguard_kernels.automaton import COLD_FIELDS
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
     REPLACEMENT,
+    SEPARATOR_BYTE,
     map_character,
     utf8_step,
 )
@@ -32,24 +34,36 @@ COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
 class Tables(NamedTuple):
     """Everything the kernels read; frozen after compilation. Packed, it holds flat arrays only.
 
-    trans            uint32[num_entries]        next row start | bit 31 = the move completes a match
+    trans            uint32[num_entries]        state behind the move | bit 31 = it completes a match;
+                                                a state is where its row of `trans` begins
+    cold             uint32[num_cold * 3]       records of the states that have no row: see
+                                                `automaton.pack_cold` and `track_limit`
     class_of         uint8[num_tracks, 256]     byte class
     track_base       int64[num_tracks]          first entry of the track in `trans`
     track_classes    int64[num_tracks]
-    track_states     int64[num_tracks]          first state of the track in the per-state arrays
+    track_limit      int64[num_tracks]          end of its rows. A state from here on is cold, and
+                                                counts the records behind `track_cold`; behind the
+                                                last it is the quiet copy of the state of that number
+    track_cold       int64[num_tracks]          its first record
+    track_num_cold   int64[num_tracks]          0 = the layout is dense, else packed
+    track_places     int64[num_tracks]          where the track's outputs begin: one place a state if
+                                                dense; if packed, one for none and then one for each
+                                                accept state, listed in `accepts`
+    track_accepts    int64[num_tracks, 2]       its stretch of `accepts`
+    accepts          int32[num_accepts]         numbers of accept states, ascending
     track_mapping    int64[num_tracks]
     track_start      int64[num_tracks]          state at the start of a text
     track_twin       uint8[num_tracks]          1 = same automaton as the track before it, but blind
                                                 to the prompt: reads the output as a text of its own
     policy_tracks    int64[num_policies + 1]
-    first_pattern    int32[num_states]          see `automaton.collect_outputs`; ids are global
+    first_pattern    int32[num_places]          see `automaton.collect_outputs`; ids are global
     next_pattern     int32[num_patterns]
-    suffix_link      int32[num_states]          local to the track
-    best_rule        int32[num_states]
-    groups           uint8[num_states]
-    quiet            int32[num_states]          the state's copy for the end of a prompt, 0 = none:
-                                                there the mark behind a word completes nothing; of
-                                                regex tracks: -1 = no match is under way
+    suffix_link      int32[num_places]          local to the track
+    best_rule        int32[num_places]
+    groups           uint8[num_places]
+    quiet            int32[num_places]          dense only: the state's copy for the end of a prompt,
+                                                0 = none: there the mark behind a word completes
+                                                nothing; of regex tracks: -1 = no match is under way
     pattern_rule     int32[num_patterns]        global rule index
     pattern_length   int32[num_patterns]        mapped bytes without the leading mark of a word;
                                                 0 = unknown, -1 = that too, and the match ended
@@ -77,10 +91,16 @@ class Tables(NamedTuple):
     """
 
     trans: np.ndarray
+    cold: np.ndarray
     class_of: np.ndarray
     track_base: np.ndarray
     track_classes: np.ndarray
-    track_states: np.ndarray
+    track_limit: np.ndarray
+    track_cold: np.ndarray
+    track_num_cold: np.ndarray
+    track_places: np.ndarray
+    track_accepts: np.ndarray
+    accepts: np.ndarray
     track_mapping: np.ndarray
     track_start: np.ndarray
     track_twin: np.ndarray
@@ -112,13 +132,13 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u b l l l l l b l i i i i b i i i i i b u b u b l b l l l i i l b b"
+_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b u b u b l b l l l i i l b b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[34, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[40, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 
@@ -164,25 +184,107 @@ def pack_slots(slots):
 
 
 @borrowing
-def state_index(packed, track, state):
-    """A state's place in the per-state arrays of its track."""
+def move(packed, track, state, class_):
+    """Where a byte of a class leads from a state: an entry as in `Tables.trans`, uint32."""
     t = unpack_tables(packed)
-    return (state - t.track_base[track]) // t.track_classes[track]
+    if state < t.track_limit[track]:
+        return t.trans[state + class_]
+    return _move_cold(packed, np.int64(track), np.int64(state), np.int64(class_))
+
+
+@borrowing
+def _move_cold(packed, track, state, class_):
+    """`move` from a cold state: to a child, or by failure links to where there is one, or a row."""
+    t = unpack_tables(packed)
+    limit, num_cold, first = t.track_limit[track], t.track_num_cold[track], t.track_cold[track]
+    mapping = t.track_mapping[track]
+    separator = np.int64(-1)
+    if t.mapping_shrinks[mapping] & 1:
+        separator = np.int64(t.class_of[track * 256 + SEPARATOR_BYTE])
+    heard = np.uint32(0xFFFFFFFF)
+    if state - limit >= num_cold:
+        if class_ == separator or class_ == t.class_of[track * 256 + BEFORE_NONWORD]:
+            heard = np.uint32(STATE_MASK)
+        state = state_of(packed, track, state - limit - num_cold)
+    while state >= limit:
+        at = COLD_FIELDS * (first + state - limit)
+        shape = np.int64(t.cold[at + 2])
+        if class_ == separator and shape & 0xFF == separator:
+            return np.uint32(state)
+        child = np.int64(t.cold[at] & STATE_MASK)
+        count = shape >> 16
+        found = count > 0 and (shape >> 8) & 0xFF == class_
+        while not found and count > 1:
+            child += 1
+            count -= 1
+            found = t.cold[COLD_FIELDS * (first + child) + 2] & 0xFF == class_
+        if found:
+            hit = t.cold[COLD_FIELDS * (first + child)] & np.uint32(HIT_BIT)
+            return (np.uint32(limit + child) | hit) & heard
+        state = np.int64(t.cold[at + 1])
+    return t.trans[state + class_] & heard
+
+
+@borrowing
+def state_of(packed, track, number):
+    """The state of a number, counted from the root by depth; not one of a quiet copy."""
+    t = unpack_tables(packed)
+    limit, base = t.track_limit[track], t.track_base[track]
+    num_hot = (limit - base) // t.track_classes[track]
+    if number < num_hot:
+        return base + number * t.track_classes[track]
+    return limit + number - num_hot
+
+
+@borrowing
+def state_number(packed, track, state):
+    """The number of a state, counted from the root by depth; quiet copies come behind all others."""
+    t = unpack_tables(packed)
+    limit, base = t.track_limit[track], t.track_base[track]
+    if state < limit:
+        return (state - base) // t.track_classes[track]
+    return (limit - base) // t.track_classes[track] + state - limit
+
+
+@borrowing
+def is_quiet(packed, track, state):
+    """Whether a state is the quiet copy of another one in a packed track."""
+    t = unpack_tables(packed)
+    num_cold = t.track_num_cold[track]
+    return num_cold > 0 and state - t.track_limit[track] >= num_cold
+
+
+@borrowing
+def output_place(packed, track, state):
+    """Where a state's outputs stand, counted from `track_places`; 0 = it has none."""
+    t = unpack_tables(packed)
+    number = state_number(packed, track, state)
+    if t.track_num_cold[track] == 0:
+        return number
+    begin, end = t.track_accepts[2 * track], t.track_accepts[2 * track + 1]
+    low, high = begin, end
+    while low < high:
+        middle = (low + high) // 2
+        if t.accepts[middle] < number:
+            low = middle + 1
+        else:
+            high = middle
+    return low - begin + 1 if low < end and t.accepts[low] == number else np.int64(0)
 
 
 @borrowing
 def _record(packed, packed_slots, track, state, best, row):
     """Fold the rules of an accept state into `best`; append (row, rule) events while they fit."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    index = state_index(packed, track, state)
-    first_state = t.track_states[track]
-    rule = np.int64(t.best_rule[first_state + index])
+    index = output_place(packed, track, state)
+    first_place = t.track_places[track]
+    rule = np.int64(t.best_rule[first_place + index])
     if best < 0 or t.rule_rank[rule] < t.rule_rank[best]:
         best = rule
     if row < 0:
         return best
     while True:
-        pattern = t.first_pattern[first_state + index]
+        pattern = t.first_pattern[first_place + index]
         while pattern >= 0:
             at = 2 * s.num_events[0]
             if at < s.events.shape[0]:
@@ -190,7 +292,7 @@ def _record(packed, packed_slots, track, state, best, row):
                 s.events[at + 1] = t.pattern_rule[pattern]
             s.num_events[0] += 1
             pattern = t.next_pattern[pattern]
-        index = np.int64(t.suffix_link[first_state + index])
+        index = np.int64(t.suffix_link[first_place + index])
         if index == 0:
             break
     return best
@@ -201,7 +303,7 @@ def _feed_mapped(packed, packed_slots, track, state, data, begin, end, best, row
     """Walk one track over data[begin:end]; return (state, best)."""
     t = unpack_tables(packed)
     for i in range(begin, end):
-        entry = np.int64(t.trans[state + t.class_of[track * 256 + data[i]]])
+        entry = np.int64(move(packed, track, state, t.class_of[track * 256 + data[i]]))
         state = entry & STATE_MASK
         if entry & HIT_BIT:
             best = _record(packed, packed_slots, track, state, best, row)
@@ -298,26 +400,64 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 
 
 @compiled
-def token_shortcuts(trans, base, class_of, offsets, data, pending, special):
-    """`token_end` and `token_class` of one track; see `Tables`.
-
-    class_of uint8[256]; offsets int32[num_tokens + 1] into data; pending and special as in `Tables`.
-    """
-    ends = np.empty(special.shape[0], np.uint32)
-    classes = np.zeros(special.shape[0], np.uint8)
-    for token in range(special.shape[0]):
-        state = np.int64(base)
-        begin, end = offsets[token], offsets[token + 1]
-        plain = not special[token] and not pending[token] and begin < end
+def token_shortcuts(packed, track, ends, classes):
+    """Fill in `token_end` and `token_class` of one track; see `Tables`. uint32, uint8[num_tokens], out."""
+    t = unpack_tables(packed)
+    num_tokens = t.token_special.shape[0]
+    for token in range(num_tokens):
+        state = np.int64(t.track_base[track])
+        at = t.track_mapping[track] * (num_tokens + 1) + token
+        begin, end = t.token_offsets[at], t.token_offsets[at + 1]
+        plain = not t.token_special[token] and not t.token_pending[token] and begin < end
         hit = np.int64(0) if plain else np.int64(HIT_BIT)
         for i in range(begin, end):
-            entry = np.int64(trans[state + class_of[data[i]]])
+            class_ = t.class_of[track * 256 + t.token_data[i]]
+            entry = np.int64(move(packed, track, state, class_))
             state = entry & STATE_MASK
             hit |= entry & HIT_BIT
         ends[token] = state | hit
         if begin < end:
-            classes[token] = class_of[data[begin]]
-    return ends, classes
+            classes[token] = t.class_of[track * 256 + t.token_data[begin]]
+
+
+@compiled
+def close_prompts(packed, lo, states):
+    """Go over to the quiet copy of each state that the end of a word would complete; in place.
+
+    states int64[num_tracks of the policy]. What stands whole at the end of a prompt is not the
+    model's, whatever follows it.
+    """
+    t = unpack_tables(packed)
+    for k in range(states.shape[0]):
+        track, state = lo + k, states[k]
+        if t.track_num_cold[track] == 0:
+            number = state_number(packed, track, state)
+            quiet = np.int64(t.quiet[t.track_places[track] + number])
+            if quiet > 0:
+                states[k] = t.track_base[track] + quiet * t.track_classes[track]
+        elif t.mapping_wrap[t.track_mapping[track]]:
+            entry = move(packed, track, state, t.class_of[track * 256 + BEFORE_NONWORD])
+            if t.mapping_shrinks[t.track_mapping[track]] & 1:
+                entry |= move(packed, track, state, t.class_of[track * 256 + SEPARATOR_BYTE])
+            if entry >> 31:
+                number = state_number(packed, track, state)
+                states[k] = t.track_limit[track] + t.track_num_cold[track] + number
+
+
+@borrowing
+def end_groups(packed, lo, states):
+    """Groups of what the end of a word, or of the text, would complete in any of a policy's tracks."""
+    t = unpack_tables(packed)
+    groups = 0
+    for k in range(states.shape[0]):
+        track = lo + k
+        if t.mapping_wrap[t.track_mapping[track]]:
+            class_ = t.class_of[track * 256 + BEFORE_NONWORD]
+            entry = np.int64(move(packed, track, states[k], class_))
+            if entry & HIT_BIT:
+                place = output_place(packed, track, entry & STATE_MASK)
+                groups |= t.groups[t.track_places[track] + place]
+    return groups
 
 
 @borrowing
@@ -395,10 +535,15 @@ def walk_kernel(call, slots, tokens, best):
                     settled = False
                     break
                 root = np.uintp(t.track_base[track])
+                limit = np.uintp(t.track_limit[track])
                 state = np.uintp(s.state[mine + track - lo])
                 s.scratch[track - lo] = state
                 class_ = np.uintp(t.token_class[track * np.uintp(num_tokens) + token])
-                entry, behind = t.trans[state + class_], t.trans[root + class_]
+                behind = t.trans[root + class_]
+                if state < limit:
+                    entry = t.trans[state + class_]
+                else:
+                    entry = _move_cold(packed, np.int64(track), np.int64(state), np.int64(class_))
                 if state != root and entry != behind:
                     hit = entry
                     state, root = np.uintp(entry & STATE_MASK), np.uintp(behind)
@@ -408,9 +553,10 @@ def walk_kernel(call, slots, tokens, best):
                     classes = track * np.uintp(256)
                     while state != root and i < end:
                         class_ = np.uintp(t.class_of[classes + np.uintp(t.token_data[i])])
-                        entry = t.trans[state + class_]
+                        entry = move(packed, track, state, class_)
                         hit |= entry
-                        state, root = np.uintp(entry & STATE_MASK), np.uintp(t.trans[root + class_])
+                        state = np.uintp(entry & STATE_MASK)
+                        root = np.uintp(move(packed, track, root, class_))
                         i += np.uintp(1)
                     if hit >> np.uint32(31):
                         settled = False

@@ -20,7 +20,10 @@ from streamguard_kernels.advance import (
     UNSEEN,
     feed_end,
     feed_token,
-    state_index,
+    is_quiet,
+    move,
+    output_place,
+    state_number,
     unpack_slots,
     unpack_tables,
 )
@@ -36,7 +39,7 @@ RANGES_SUFFICE, WALKED, RANGES_AND_REGEXES = 1, 2, 3
 class Ranges(NamedTuple):
     """Look-ahead of one group of rules over all tracks; frozen.
 
-    own_offsets     int64[num_states + num_tracks]  per automaton num_states + 1 entries
+    own_offsets     int32[num_states + num_tracks]  per automaton num_states + 1 entries
     own_base        int64[num_tracks]               the track's first entry in `own_offsets`
     own             int32[num_ranges, 2]            (first, last + 1) into the track's token order
     link            int32[num_states]               next on the failure path with ranges, 0 none
@@ -68,7 +71,7 @@ class Ranges(NamedTuple):
     group: np.ndarray
 
 
-_RANGES = "l l i i l i l l i i b i l"
+_RANGES = "i l i i l i l l i i b i l"
 #: Makes packed ranges a `Ranges` again, within a kernel.
 unpack_ranges = unpacker(Ranges, _RANGES)
 
@@ -143,9 +146,17 @@ def token_order(offsets, data, skip):
 
 
 @borrowing
-def _tokens_that_begin_with(text, begin, end, order, offsets, data):
-    """Where in `order` the tokens lie whose bytes begin with text[begin:end]: (first, last + 1)."""
-    low, high = 0, order.shape[0]
+def _tokens_that_begin_with(text, begin, end, order, offsets, data, begins):
+    """Where in `order` the tokens lie whose bytes begin with text[begin:end]: (first, last + 1).
+
+    begins  from `first_bytes`.
+    """
+    two = np.int64(text[begin]) << 8
+    if end - begin == 1:
+        return np.int64(begins[two]), np.int64(begins[two + 256])
+    two += text[begin + 1]
+    first, most = np.int64(begins[two]), np.int64(begins[two + 1])
+    low, high = first, most
     while low < high:
         middle = (low + high) // 2
         token = order[middle]
@@ -154,7 +165,7 @@ def _tokens_that_begin_with(text, begin, end, order, offsets, data):
         else:
             high = middle
     first = low
-    high = order.shape[0]
+    high = most
     while low < high:
         middle = (low + high) // 2
         token = order[middle]
@@ -166,32 +177,51 @@ def _tokens_that_begin_with(text, begin, end, order, offsets, data):
 
 
 @compiled
+def first_bytes(order, offsets, data):
+    """Where in `order` the tokens of each first two bytes begin: int32[65537]; alone, a byte counts as
+    if a zero followed."""
+    begins = np.zeros(65537, np.int32)
+    for token in order:
+        at = offsets[token]
+        second = data[at + 1] if at + 1 < offsets[token + 1] else 0
+        begins[(np.int64(data[at]) << 8) + second + 1] += 1
+    for i in range(65536):
+        begins[i + 1] += begins[i]
+    return begins
+
+
+@compiled
 def build_own_ranges(
-    pattern_data, pattern_offsets, wanted, shortest, trans, base, num_classes, num_states, class_of,
-    failure, order, offsets, data, separators,
+    packed, track, pattern_data, pattern_offsets, wanted, shortest, num_states, failure, order,
+    offsets, data,
 ):  # fmt: skip
     """Ranges of every state's own pattern rests.
 
+    packed, track                  address of packed `Tables`, and the track.
     pattern_data, pattern_offsets  the track's mapped patterns; wanted uint8[num_patterns] picks the
     group, shortest the rests: those of at least so many bytes.
+    failure                        int32[num_states]: numbers of states.
     order, offsets, data           the track's token order and mapped token bytes.
-    separators                     1 = runs of SEPARATOR_BYTE are read as one.
-    Returns own_offsets int64[num_states + 1], own int32[num_ranges, 2], link int32[num_states].
+    Returns own_offsets int32[num_states + 1], own int32[num_ranges, 2], link int32[num_states].
     """
+    t = unpack_tables(packed)
+    separators = t.mapping_shrinks[t.track_mapping[track]] & 1
     longest = 0
     for k in range(order.shape[0]):
         longest = max(longest, offsets[order[k] + 1] - offsets[order[k]])
+    begins = first_bytes(order, offsets, data)
     capacity = 1024
     keys = np.empty(capacity, np.int64)
-    ends = np.empty(capacity, np.int64)
+    ends = np.empty(capacity, np.int32)
     count = 0
     for p in range(pattern_offsets.shape[0] - 1):
         if not wanted[p]:
             continue
         begin, end = pattern_offsets[p], pattern_offsets[p + 1]
-        state = np.int64(base)
+        state = np.int64(t.track_base[track])
         for i in range(begin, end - 1):
-            state = np.int64(trans[state + class_of[pattern_data[i]]]) & STATE_MASK
+            class_ = t.class_of[track * 256 + pattern_data[i]]
+            state = np.int64(move(packed, track, state, class_)) & STATE_MASK
             if end - i - 1 < shortest:
                 continue
             # Behind a separator a token may begin with more of them: as if the rest began there.
@@ -199,21 +229,23 @@ def build_own_ranges(
             for rest in range(i if again else i + 1, i + 2):
                 if end - rest > longest:
                     continue
-                first, last = _tokens_that_begin_with(pattern_data, rest, end, order, offsets, data)
+                first, last = _tokens_that_begin_with(
+                    pattern_data, rest, end, order, offsets, data, begins
+                )
                 if first == last:
                     continue
                 if count == capacity:
                     capacity *= 2
                     more_keys = np.empty(capacity, np.int64)
-                    more_ends = np.empty(capacity, np.int64)
+                    more_ends = np.empty(capacity, np.int32)
                     more_keys[:count], more_ends[:count] = keys[:count], ends[:count]
                     keys, ends = more_keys, more_ends
-                keys[count] = (((state - base) // num_classes) << 32) | first
+                keys[count] = (state_number(packed, track, state) << 32) | first
                 ends[count] = last
                 count += 1
     by_key = np.argsort(keys[:count])
     own = np.empty((count, 2), np.int32)
-    own_offsets = np.zeros(num_states + 1, np.int64)
+    own_offsets = np.zeros(num_states + 1, np.int32)
     used = 0
     last_state = np.int64(-1)
     for k in by_key:
@@ -240,9 +272,9 @@ def quiet_ranges(states, own_offsets, own, link):
     """All ranges on the failure path of each of `states`, in one list a state.
 
     states int32[num_quiet]; the rest as `build_own_ranges` returns it.
-    Returns offsets int64[num_quiet + 1], ranges int32[num_ranges, 2].
+    Returns offsets int32[num_quiet + 1], ranges int32[num_ranges, 2].
     """
-    offsets = np.zeros(states.shape[0] + 1, np.int64)
+    offsets = np.zeros(states.shape[0] + 1, np.int32)
     for turn in range(2):
         if turn == 1:
             ranges = np.empty((offsets[-1], 2), np.int32)
@@ -260,22 +292,23 @@ def quiet_ranges(states, own_offsets, own, link):
 
 
 @compiled
-def tokens_with_whole_patterns(
-    trans, base, num_classes, class_of, groups, first_state, group, order, offsets, data
-):
+def tokens_with_whole_patterns(packed, track, group, order, offsets, data):
     """Tokens of `order` that complete a match of `group` from the empty text: int32[num_whole]."""
+    t = unpack_tables(packed)
     out = np.empty(order.shape[0], np.int32)
     n = 0
     for k in range(order.shape[0]):
-        state = np.int64(base)
+        state = np.int64(t.track_base[track])
         token = order[k]
         for i in range(offsets[token], offsets[token + 1]):
-            entry = np.int64(trans[state + class_of[data[i]]])
+            entry = np.int64(move(packed, track, state, t.class_of[track * 256 + data[i]]))
             state = entry & STATE_MASK
-            if entry & HIT_BIT and groups[first_state + (state - base) // num_classes] & group:
-                out[n] = token
-                n += 1
-                break
+            if entry & HIT_BIT:
+                place = output_place(packed, track, state)
+                if t.groups[t.track_places[track] + place] & group:
+                    out[n] = token
+                    n += 1
+                    break
     return out[:n].copy()
 
 
@@ -329,11 +362,12 @@ def mark_forbidden(
                 )  # fmt: skip
                 completed = False
                 for i in range(n):
-                    entry = np.int64(t.trans[state + t.class_of[track * 256 + s.buffer[i]]])
+                    class_ = t.class_of[track * 256 + s.buffer[i]]
+                    entry = np.int64(move(packed, track, state, class_))
                     state = entry & STATE_MASK
                     if entry & HIT_BIT:
-                        index = state_index(packed, track, state)
-                        if t.groups[t.track_states[track] + index] & r.group[0]:
+                        place = output_place(packed, track, state)
+                        if t.groups[t.track_places[track] + place] & r.group[0]:
                             completed = True
                 if completed:
                     for token in range(num_tokens):
@@ -342,7 +376,10 @@ def mark_forbidden(
                             and not (t.token_special[token])
                         ):
                             forbidden[token] = 1
-            index = state_index(packed, track, state)
+            if is_quiet(packed, track, state):  # only right behind a prompt; it has no ranges
+                walks[:] = _WALK
+                break
+            index = state_number(packed, track, state)
             order = mapping * num_tokens
             while index:
                 at = r.own_base[track] + index
@@ -396,15 +433,21 @@ def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logi
             left[num_left] = k
             num_left += 1
             continue
-        if masking[s.policy[slot]] == RANGES_AND_REGEXES:
-            left[num_left] = ~k
-            num_left += 1
-        row = logits[rows[k]]
         lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
+        if masking[s.policy[slot]] == RANGES_AND_REGEXES:
+            for track in range(lo, hi):
+                ordinary &= not is_quiet(
+                    packed, track, s.state[slot * s.scratch.shape[0] + track - lo]
+                )
+            left[num_left] = ~k if ordinary else k
+            num_left += 1
+            if not ordinary:
+                continue
+        row = logits[rows[k]]
         for track in range(lo, hi):
             order = t.track_mapping[track] * num_tokens
             state = s.state[slot * s.scratch.shape[0] + track - lo]
-            index = state_index(packed, track, state)
+            index = state_number(packed, track, state)
             while index:
                 at = r.own_base[track] + index
                 for j in range(r.own_offsets[at], r.own_offsets[at + 1]):

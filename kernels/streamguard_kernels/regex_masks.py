@@ -12,6 +12,7 @@ import numpy as np
 from streamguard_kernels.advance import (
     HIT_BIT,
     STATE_MASK,
+    move,
     unpack_slots,
     unpack_tables,
 )
@@ -94,6 +95,6 @@ def states_before_tokens(packed, packed_slots, slot, out):
                 t.map_offsets, t.map_data, s.buffer,
             )  # fmt: skip
             for i in range(n):
-                entry = np.int64(t.trans[state + t.class_of[track * 256 + s.buffer[i]]])
-                state = entry & STATE_MASK
+                class_ = t.class_of[track * 256 + s.buffer[i]]
+                state = np.int64(move(packed, track, state, class_)) & STATE_MASK
         out[track - lo] = state

@@ -130,7 +130,7 @@ def scan_kernel(
                     states[k] = entry & STATE_MASK
                     if entry & HIT_BIT:
                         index = (states[k] - t.track_base[track]) // t.track_classes[track]
-                        first_state = t.track_states[track]
+                        first_state = t.track_places[track]
                         while True:  # the patterns of this state and of its suffixes
                             pattern = t.first_pattern[first_state + index]
                             while pattern >= 0:

@@ -61,7 +61,7 @@ def _explain(policy: Policy, rule: Rule, texts: Sequence[Path]) -> Explained:
     found = Explained(
         policy.name, rule.id, rule.normalize, rule.boundary, len(rule.literals),
         len(program.tables.pattern_rule), program.max_tracks, program.num_states,
-        program.tables.trans.nbytes, alike,
+        program.tables.trans.nbytes + program.tables.cold.nbytes, alike,
         sum(code > 0x7F and read in readings for code, read in changed.items()),
         sum(not read for read in changed.values()),
     )  # fmt: skip

@@ -16,15 +16,17 @@ from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
 from streamguard.policy_regexes import regexes_of
-from streamguard_kernels.advance import STATE_MASK, Tables, token_shortcuts
+from streamguard_kernels.advance import STATE_MASK, Tables, pack_tables, token_shortcuts
 from streamguard_kernels.automaton import (
-    absorb_runs,
+    COLD_FIELDS,
+    accepting_groups,
     build_trie,
     byte_classes,
     collect_outputs,
-    fold_failure_links,
-    pack_transitions,
-    states_behind,
+    link_trie,
+    pack_cold,
+    pack_rows,
+    sort_patterns,
 )
 from streamguard_kernels.hold import UNKNOWN, hold_depths
 from streamguard_kernels.lookahead import (
@@ -34,10 +36,15 @@ from streamguard_kernels.lookahead import (
     token_order,
     tokens_with_whole_patterns,
 )
+from streamguard_kernels.packing import address
 from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD, SEPARATOR_BYTE, map_tokens
 
 #: Most bytes that the transition tables of one policy set may take.
 MAX_TABLE_BYTES = 1 << 30
+#: A track's table is dense as long as all dense ones fit in here; else packed, with rows for as many
+#: states as fit in here. More rows gain nothing: only the shallow states are visited often.
+DENSE_BYTES = 256 << 20
+HOT_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class _Automaton:
     start    entry of the state at the start of a text. longest: mapped bytes of its longest match.
     twin     whether a second track reads the output as a text of its own.
     regex    whether it was made from regexes: it has no pattern bytes and no failure links then.
+    cold     records of the states without a row, accepts the numbers of accept states; both empty if
+             the layout is dense.
     """
 
     mapping: Mapping
@@ -69,11 +78,17 @@ class _Automaton:
     longest: int
     twin: bool
     regex: bool = False
+    cold: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
+    accepts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
 
     @property
     def num_walked(self) -> int:
         """States that patterns lead to; quiet ones follow them."""
         return len(self.failure)
+
+    @property
+    def num_cold(self) -> int:
+        return len(self.cold) // COLD_FIELDS
 
 
 @dataclass(frozen=True)
@@ -93,9 +108,33 @@ class Program:
     _automata: tuple[_Automaton, ...] = field(repr=False)
     _track_automaton: tuple[int, ...] = field(repr=False)
 
+    @cached_property
+    def first_states(self) -> np.ndarray:
+        """int64[num_tracks + 1]: where a track's states begin if those of all are counted.
+
+        Twins share theirs. The last entry is the number of all.
+        """
+        t = self.tables
+        num_rows = (t.track_limit - t.track_base) // t.track_classes
+        num_states = np.where(t.track_twin == 1, 0, num_rows + t.track_num_cold)
+        first = np.cumsum(num_states) - num_states
+        twins = np.flatnonzero(t.track_twin)
+        first[twins] = first[twins - 1]
+        return np.append(first, num_states.sum())
+
     @property
     def num_states(self) -> int:
-        return len(self.tables.groups)
+        return int(self.first_states[-1])
+
+    def outputs_of_track(self, track: int) -> slice:
+        """A track's stretch of the arrays that have an entry a place; see `Tables`."""
+        t = self.tables
+        first = int(t.track_places[track])
+        if t.track_num_cold[track]:
+            begin, end = t.track_accepts[track].tolist()
+            return slice(first, first + 1 + end - begin)
+        num_states = (t.track_limit[track] - t.track_base[track]) // t.track_classes[track]
+        return slice(first, first + int(num_states))
 
     @property
     def size_bytes(self) -> int:
@@ -118,10 +157,6 @@ class Program:
     def vocabulary(self) -> Vocabulary:
         return self.table.vocabulary
 
-    def states_of_track(self, track: int) -> int:
-        """Number of states of a track's automaton."""
-        return self._automata[self._track_automaton[track]].num_states
-
     def uses(self, group: int, policy: int | None = None) -> bool:
         """Whether any rule (of one policy) belongs to the group."""
         return self.table.uses(group, policy)
@@ -140,31 +175,21 @@ class Program:
     def hold_depths(self) -> np.ndarray:
         """int32[num_states]: mapped bytes at the end of the text that may still begin a match.
 
-        Of mask, halt and redirect rules; see `hold.hold_depths`. Read off the tables alone. Of a regex
-        only whether a match is under way: `hold.UNKNOWN` then.
+        Of mask, halt and redirect rules; see `hold.hold_depths` and `first_states`. Read off the
+        tables alone. Of a regex only whether a match is under way: `hold.UNKNOWN` then.
         """
-        t = self.tables
-        withholds = np.array([r.group in (MASK, STOP) for r in self.rules], bool)
+        t, packed = self.tables, pack_tables(self.tables)
+        withholds = np.array([r.group in (MASK, STOP) for r in self.rules], np.uint8)
         depths = np.zeros(self.num_states, np.int32)
-        counts = np.diff(np.append(np.unique(t.track_states), self.num_states))
-        num_states = dict(zip(np.unique(t.track_states).tolist(), counts.tolist(), strict=True))
-        for track, first in enumerate(t.track_states.tolist()):
+        ends = np.append(np.unique(self.first_states), self.num_states)
+        for track, first in enumerate(self.first_states[:-1].tolist()):
             if t.track_twin[track]:
                 continue
-            states = slice(first, first + num_states[first])
+            mine = depths[first : ends[np.searchsorted(ends, first, "right")]]
             if t.track_regex[track]:
-                depths[states] = np.where(t.quiet[states] < 0, 0, UNKNOWN)
-                continue
-            ends = np.zeros(num_states[first], np.uint8)
-            pattern = t.first_pattern[states]
-            while (pattern >= 0).any():
-                there = pattern >= 0
-                ends[there] |= withholds[t.pattern_rule[pattern[there]]]
-                pattern = np.where(there, t.next_pattern[pattern], -1)
-            hold_depths(
-                t.trans, int(t.track_base[track]), int(t.track_classes[track]), ends,
-                int(t.mapping_wrap[t.track_mapping[track]]), depths[states],
-            )  # fmt: skip
+                mine[:] = np.where(t.quiet[self.outputs_of_track(track)] < 0, 0, UNKNOWN)
+            else:
+                hold_depths(address(packed), track, withholds, mine)
         return depths
 
     @cached_property
@@ -173,7 +198,8 @@ class Program:
         return [token_order(offsets, t.token_data, t.token_special) for offsets in t.token_offsets]
 
     def _ranges(self, group: int) -> Ranges:
-        t = self.tables
+        t, packed = self.tables, pack_tables(self.tables)
+        tables_at = address(packed)
         rule_group = np.array([r.group for r in self.rules], np.uint8)
         num_tokens = len(self.vocabulary)
         orders = self._orders
@@ -195,13 +221,12 @@ class Program:
                 whole_span.append(whole_span[-1])
                 continue
             automaton = self._automata[automaton_index]
-            base = int(t.track_base[track])
             mapping = int(t.track_mapping[track])
             tokens, offsets = orders[mapping], t.token_offsets[mapping]
             if automaton.regex:  # `regex_masks` finds its tokens; there are no ranges
                 own_base.append(num_offsets)
                 state_base.append(num_states)
-                own_offsets.append(np.full(automaton.num_states + 1, num_own, np.int64))
+                own_offsets.append(np.full(automaton.num_states + 1, num_own, np.int32))
                 own.append(np.zeros((0, 2), np.int32))
                 links.append(np.zeros(automaton.num_states, np.int32))
                 whole.append(np.zeros(0, np.int32))
@@ -213,18 +238,16 @@ class Program:
 
             def own_ranges(
                 shortest: int, automaton: _Automaton = automaton, wanted: np.ndarray = wanted,
-                base: int = base, tokens: np.ndarray = tokens, offsets: np.ndarray = offsets,
+                track: int = track, tokens: np.ndarray = tokens, offsets: np.ndarray = offsets,
             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
                 ranges: tuple[np.ndarray, np.ndarray, np.ndarray] = build_own_ranges(
-                    automaton.pattern_data, automaton.pattern_offsets, wanted, shortest, t.trans,
-                    base, automaton.num_classes, automaton.num_walked, automaton.class_of,
-                    automaton.failure, tokens, offsets, t.token_data,
-                    int(automaton.mapping.separators),
+                    tables_at, track, automaton.pattern_data, automaton.pattern_offsets, wanted,
+                    shortest, automaton.num_walked, automaton.failure, tokens, offsets, t.token_data,
                 )  # fmt: skip
                 return ranges
 
             track_offsets, track_own, track_link = own_ranges(1)
-            if automaton.mapping.wrap:
+            if automaton.quiet.any():
                 # From a quiet state the mark, or a separator, alone completes nothing.
                 quiet = np.flatnonzero(automaton.quiet).astype(np.int32)
                 more_offsets, more_own = quiet_ranges(quiet, *own_ranges(2))
@@ -232,9 +255,8 @@ class Program:
                 track_own = np.concatenate([track_own, more_own])
                 track_link = np.concatenate([track_link, np.zeros(len(quiet), np.int32)])
             track_whole = tokens_with_whole_patterns(
-                t.trans, base, automaton.num_classes, automaton.class_of, t.groups,
-                int(t.track_states[track]), group, tokens, offsets, t.token_data,
-            )  # fmt: skip
+                tables_at, track, group, tokens, offsets, t.token_data
+            )
             own_base.append(num_offsets)
             state_base.append(num_states)
             own_offsets.append(track_offsets + num_own)
@@ -348,39 +370,56 @@ def _build(
     offsets = np.concatenate(
         [np.zeros(1, np.int64), np.cumsum(np.fromiter(map(len, patterns), np.int64))]
     )
-    class_of, num_classes = byte_classes(data)
-    max_states = (MAX_TABLE_BYTES // 4 - base) // num_classes
-    goto, end_state = build_trie(data, offsets, class_of, num_classes, max_states)
-    if not len(goto):
-        raise PolicyError(
-            f"{source}: {len(patterns)} patterns of {len(data)} bytes need a transition table above "
-            f"{MAX_TABLE_BYTES >> 20} MiB, the limit of this version. Split the list, drop long "
-            f"patterns, or give fewer distinct characters."
-        )
-    behind = np.zeros(0, np.int32)
-    if mapping.separators:
-        behind = states_behind(goto, class_of[SEPARATOR_BYTE])
-        if mapping.wrap:  # a separator begins a word as well as the mark does
-            goto[0, class_of[SEPARATOR_BYTE]] = goto[0, class_of[AFTER_NONWORD]]
-    failure = fold_failure_links(goto)
-    if mapping.separators:
-        absorb_runs(goto, behind)
-    first, following, suffix, best, groups = collect_outputs(
-        len(goto), end_state, pattern_rule, rank, group, failure
+    # A class of its own for separators, though no pattern may hold one: they begin words.
+    every = np.append(data, np.uint8(SEPARATOR_BYTE)) if mapping.separators else data
+    class_of, num_classes = byte_classes(every)
+    most = (MAX_TABLE_BYTES - 4 * base) // (4 * COLD_FIELDS)
+    label, children, end_state = build_trie(
+        data, offsets, sort_patterns(data, offsets), class_of, most
     )
-    packed = pack_transitions(goto, groups, base, behind)
-    quiet = np.zeros(len(goto), np.int32)
-    if mapping.wrap:
+    if not len(label):
+        raise PolicyError(
+            f"{source}: {len(patterns):,} patterns of {len(data):,} bytes need {int(children[0]):,} "
+            f"states; allowed: {most:,} ({MAX_TABLE_BYTES >> 20} MiB of tables). Split the list "
+            f"over several policies, or drop long patterns."
+        )
+    num_states = len(label)
+    num_hot = num_states
+    if 4 * (base + num_states * num_classes) > DENSE_BYTES:
+        num_hot = min(num_states - 1, max(1, HOT_BYTES // (4 * num_classes)))
+    separator = int(class_of[SEPARATOR_BYTE]) if mapping.separators else -1
+    # A separator begins a word as well as the mark does.
+    alias = separator if mapping.wrap else -1
+    failure, rows = link_trie(
+        label, children, num_hot, num_classes, alias, int(class_of[AFTER_NONWORD])
+    )
+    groups = accepting_groups(end_state, pattern_rule, group, failure)
+    packed = pack_rows(rows, groups, label, base, separator)
+    start = int(packed[class_of[AFTER_NONWORD]]) & STATE_MASK if mapping.wrap else base
+    cold, accepts = np.zeros(0, np.uint32), np.zeros(0, np.int32)
+    place = np.arange(num_states, dtype=np.int32)
+    num_places = num_states
+    quiet = np.zeros(num_states, np.int32)
+    if num_hot < num_states:
+        cold = pack_cold(label, children, failure, groups, num_hot, num_classes, base)
+        accepts = np.flatnonzero(groups).astype(np.int32)
+        place = np.where(groups, np.cumsum(groups != 0), 0).astype(np.int32)
+        num_places = len(accepts) + 1
+        quiet = np.zeros(num_places, np.int32)
+        groups = np.concatenate([np.zeros(1, np.uint8), groups[accepts]])
+    elif mapping.wrap:
         ends = [BEFORE_NONWORD, SEPARATOR_BYTE] if mapping.separators else [BEFORE_NONWORD]
         packed, quiet = _add_quiet_states(packed, num_classes, class_of[ends])
-    more = len(quiet) - len(goto)
-    start = int(packed[class_of[AFTER_NONWORD]]) & STATE_MASK if mapping.wrap else base
+    first, following, suffix, best = collect_outputs(
+        place, num_places, end_state, pattern_rule, rank, failure
+    )
+    more = len(quiet) - num_places
     length = np.diff(offsets) - mapping.wrap
     return _Automaton(
-        mapping, data, offsets, pattern_rule, class_of, packed, len(quiet), num_classes, failure,
-        np.pad(first, (0, more), constant_values=-1), following, np.pad(suffix, (0, more)),
-        np.pad(best, (0, more), constant_values=-1), np.pad(groups, (0, more)), quiet,
-        length, start, int(length.max()) + mapping.wrap, mapping.wrap,
+        mapping, data, offsets, pattern_rule, class_of, packed, num_states + more, num_classes,
+        failure, np.pad(first, (0, more), constant_values=-1), following, np.pad(suffix, (0, more)),
+        np.pad(best, (0, more), constant_values=-1), np.pad(groups, (0, more)), quiet, length, start,
+        int(length.max()) + mapping.wrap, mapping.wrap, cold=cold, accepts=accepts,
     )  # fmt: skip
 
 
@@ -399,7 +438,7 @@ def _build_regexes(
     mapping = Mapping((), "word") if track.marks else Mapping(characters=True)
     return _Automaton(
         mapping, no_bytes, np.zeros(1, np.int64), out.pattern_rule, dfa.class_of,
-        pack_transitions(dfa.goto, out.groups, base, np.zeros(0, np.int32)), num_states, num_classes,
+        pack_rows(dfa.goto, out.groups, np.zeros(0, np.uint8), base, -1), num_states, num_classes,
         np.zeros(num_states, np.int32), out.first_pattern, out.next_pattern,
         np.zeros(num_states, np.int32), out.best_rule, out.groups,
         np.where(dfa.idle, -1, dfa.quiet).astype(np.int32), out.pattern_length,
@@ -454,7 +493,9 @@ def _join(
         used += len(data)
 
     bases = np.cumsum([0] + [a.packed.size for a in automata])
-    states = np.cumsum([0] + [a.num_states for a in automata])
+    cold = np.cumsum([0] + [a.num_cold for a in automata])
+    places = np.cumsum([0] + [len(a.groups) for a in automata])
+    accepts = np.cumsum([0] + [len(a.accepts) for a in automata])
     patterns = np.cumsum([0] + [len(a.pattern_rule) for a in automata])
 
     def shift(array: np.ndarray, by: int) -> np.ndarray:
@@ -463,21 +504,19 @@ def _join(
     def per_track(values: list[int] | np.ndarray) -> np.ndarray:
         return np.array([values[index] for index, _ in tracks], np.int64)
 
-    trans = np.concatenate([a.packed for a in automata])
-    all_token_data = np.concatenate(token_data)
-    shortcuts = [
-        token_shortcuts(
-            trans, base, automaton.class_of, token_offsets[mappings.index(automaton.mapping)],
-            all_token_data, pending, vocabulary.special,
-        )
-        for base, automaton in zip(bases, automata, strict=False)
-    ]  # fmt: skip
-    return Tables(
-        trans=trans,
+    num_tokens = len(vocabulary)
+    tables = Tables(
+        trans=np.concatenate([a.packed for a in automata]),
+        cold=np.concatenate([a.cold for a in automata]),
         class_of=np.stack([automata[index].class_of for index, _ in tracks]),
         track_base=per_track(bases),
         track_classes=per_track([a.num_classes for a in automata]),
-        track_states=per_track(states),
+        track_limit=per_track(bases[1:]),
+        track_cold=per_track(cold),
+        track_num_cold=per_track([a.num_cold for a in automata]),
+        track_places=per_track(places),
+        track_accepts=np.stack([per_track(accepts), per_track(accepts[1:])], axis=1),
+        accepts=np.concatenate([a.accepts for a in automata]),
         track_mapping=per_track([mappings.index(a.mapping) for a in automata]),
         track_start=per_track([a.start for a in automata]),
         track_twin=np.array([twin for _, twin in tracks], np.uint8),
@@ -496,9 +535,9 @@ def _join(
         pattern_length=np.concatenate([a.pattern_length for a in automata]).astype(np.int32),
         rule_rank=rank,
         token_offsets=token_offsets,
-        token_data=all_token_data,
-        token_end=np.stack([shortcuts[index][0] for index, _ in tracks]),
-        token_class=np.stack([shortcuts[index][1] for index, _ in tracks]),
+        token_data=np.concatenate(token_data),
+        token_end=np.zeros((len(tracks), num_tokens), np.uint32),
+        token_class=np.zeros((len(tracks), num_tokens), np.uint8),
         token_pending=pending,
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,
@@ -514,3 +553,12 @@ def _join(
         map_data=characters.map_data,
         track_regex=np.array([automata[index].regex for index, _ in tracks], np.uint8),
     )
+    packed = pack_tables(tables)
+    for track, (_, twin) in enumerate(tracks):
+        if twin:
+            tables.token_end[track] = tables.token_end[track - 1]
+            tables.token_class[track] = tables.token_class[track - 1]
+        else:
+            ends, classes = tables.token_end[track], tables.token_class[track]
+            token_shortcuts(address(packed), track, ends, classes)
+    return tables
