@@ -76,11 +76,17 @@ class Session:
             buffer=np.zeros(MAX_MAPPED_BYTES, np.uint8),
             scratch=np.zeros(program.max_tracks, np.int64),
             row_last=np.zeros(_ROWS, np.uint8),
+            best=np.zeros(_ROWS, np.int64),
         )
+        self._nothing = np.zeros(0, np.int64)  # what a walk that completes nothing returns
         self._advance_call, self._prompt_call, self._peek_call = np.zeros((3, 6), np.int64)
         self._advance_call[COMMIT] = self._prompt_call[COMMIT] = 1
         self._prompt_call[SILENT] = 1  # what a prompt holds is no event, and could be a million
         self._replace()
+        # Compiled for flat arrays and for nothing else: others are converted in `_walk`. To look at
+        # their shapes and strides before each call would cost as much as the walk at batch 1.
+        walk_kernel(self._advance_call, *np.zeros((2, 0), np.int64))
+        walk_kernel.disable_compile()
         self._mask_rules = np.array([r.group == MASK for r in program.rules], np.uint8)
         self._stop_rules = np.array([r.group == STOP for r in program.rules], np.uint8)
         # Per policy; see `apply_ranges`.
@@ -150,7 +156,9 @@ class Session:
             if len(tail) < len(prompt):
                 # In the middle of a text nothing is known of the character before the tail.
                 mine.state[slot, : hi - lo] = t.track_base[lo:hi]
-            self._walk(self._prompt_call, np.full(len(tail), slot), tail)
+            for at in range(0, len(tail), _ROWS):
+                piece = tail[at : at + _ROWS]
+                self._walk(self._prompt_call, np.full(len(piece), slot), piece)
             states = mine.state[slot, : hi - lo]
             twin = t.track_twin[lo:hi] == 1
             states[twin] = t.track_start[lo:hi][twin]
@@ -176,7 +184,8 @@ class Session:
         """Commit one token per row; several rows may feed the same slot, in order.
 
         slots, token_ids  int[num_rows]. Returns int64[num_rows]: index + 1 of the most severe rule
-        that the token completed, 0 = none. Cost: about 30 ns a row at batch 256.
+        that the token completed, 0 = none; it is not to be written to. Cost: about 30 ns a row at
+        batch 256; int64 arrays are not copied.
         Raises ShapeError for ids out of range or lengths that differ; nothing is committed then.
         """
         return self._walk(self._advance_call, slots, token_ids)
@@ -344,32 +353,55 @@ class Session:
                     f"last has shape {ends.shape} for slots of shape {np.shape(slots)}; give one "
                     f"entry a row."
                 )
-            if len(ends) > len(self._slots.row_last):
-                self._replace(row_last=np.zeros(2 * len(ends), np.uint8))
+            self._make_room(len(ends))
             self._slots.row_last[: len(ends)] = ends
         return self._walk(self._peek_call, slots, tokens)
 
     def _walk(
         self, call: NDArray[np.int64], slots: ArrayLike, tokens: ArrayLike
     ) -> NDArray[np.int64]:
-        rows, fed = np.ascontiguousarray(slots, _INT64), np.ascontiguousarray(tokens, _INT64)
-        num_rows = len(rows)
-        if rows.ndim != 1 or fed.ndim != 1 or len(fed) != num_rows:
-            raise ShapeError(
-                f"slots has shape {rows.shape}, token_ids {fed.shape}; both need one dimension and "
-                f"the same length."
-            )
-        best = np.empty(num_rows, _INT64)
-        done = walk_kernel(call, rows, fed, best)
-        while done != num_rows:
-            if done < 0:
-                self._check_slots(rows)
-                self._check_tokens(fed)
-            self._replace(events=np.resize(self._slots.events, (2 * len(self._slots.events), 2)))
-            call[FIRST] = done
-            done = walk_kernel(call, rows, fed, best)
+        try:
+            if slots.dtype is tokens.dtype is _INT64:  # type: ignore[union-attr]
+                done = walk_kernel(call, slots, tokens)
+                if done == len(self._nothing) == len(tokens):  # type: ignore[arg-type]
+                    return self._nothing
+            else:
+                slots, tokens = _as_rows(slots, tokens)
+                done = walk_kernel(call, slots, tokens)
+        except (AttributeError, TypeError):
+            # Lists; two dimensions or gaps, which is rare: it takes numba 0.5 ms to say so.
+            slots, tokens = _as_rows(slots, tokens)
+            done = walk_kernel(call, slots, tokens)
+        return self._finish(call, slots, tokens, done)  # type: ignore[arg-type]
+
+    def _finish(
+        self, call: NDArray[np.int64], slots: NDArray[np.int64], tokens: NDArray[np.int64], done: int
+    ) -> NDArray[np.int64]:
+        """Complete a walk that met something: hits, a lack of room, or ids out of range."""
+        num_rows = len(tokens)
+        while done < num_rows:
+            if done >= 0:
+                events = np.resize(self._slots.events, (2 * len(self._slots.events), 2))
+                self._replace(events=events)
+            else:
+                _as_rows(slots, tokens)
+                self._check_slots(slots)
+                self._check_tokens(tokens)
+                self._make_room(num_rows)
+            call[FIRST] = max(done, 0)
+            done = walk_kernel(call, slots, tokens)
             call[FIRST] = 0
-        return best
+        if done > num_rows:
+            return self._slots.best[:num_rows].copy()
+        self._nothing = np.zeros(num_rows, _INT64)
+        self._nothing.flags.writeable = False
+        return self._nothing
+
+    def _make_room(self, num_rows: int) -> None:
+        if num_rows > len(self._slots.best):
+            most = 2 * num_rows
+            best = np.resize(self._slots.best, most)
+            self._replace(best=best, row_last=np.zeros(most, np.uint8))
 
     def _replace(self, **arrays: NDArray[Any]) -> None:
         """Put larger arrays in place of some of the slots' own."""
@@ -403,3 +435,14 @@ class Session:
             raise ShapeError(
                 f"token ids range over {tokens.min()}..{tokens.max()}; allowed: 0..{size - 1}."
             )
+
+
+def _as_rows(slots: ArrayLike, tokens: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Both as the kernel takes them, which may be the same. Raises ShapeError if their shapes differ."""
+    rows, fed = np.array(slots, _INT64, order="C"), np.array(tokens, _INT64, order="C")
+    if rows.ndim != 1 or rows.shape != fed.shape:
+        raise ShapeError(
+            f"slots has shape {rows.shape}, token_ids {fed.shape}; both need one dimension and the "
+            f"same length."
+        )
+    return rows, fed

@@ -156,7 +156,8 @@ class Slots(NamedTuple):
     num_events  int64[1]                      counts also those beyond the capacity
     buffer      uint8[MAX_MAPPED_BYTES]       work space
     scratch     int64[max_tracks]             work space
-    row_last    uint8[capacity]               1 = the text ends after the row's token, whatever it is
+    row_last    uint8[most_rows]              1 = the text ends after the row's token, whatever it is
+    best        int64[most_rows]              1 + the most severe rule that completed, 0 = none
     """
 
     policy: np.ndarray
@@ -171,15 +172,16 @@ class Slots(NamedTuple):
     buffer: np.ndarray
     scratch: np.ndarray
     row_last: np.ndarray
+    best: np.ndarray
 
 
-_SLOTS = "l b b l b l l l l b l b"
+_SLOTS = "l b b l b l l l l b l b l"
 #: Makes packed slots a `Slots` of flat arrays again, within a kernel.
 unpack_slots = unpacker(Slots, _SLOTS)
 
 
 def pack_slots(slots):
-    """The addresses of a `Slots` whose own address kernels take: int64[12, 2]; see `pack`."""
+    """The addresses of a `Slots` whose own address kernels take: int64[13, 2]; see `pack`."""
     return pack(slots, _SLOTS)
 
 
@@ -485,7 +487,7 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 
 
 @borrowing
-def walk_kernel(call, slots, tokens, best):
+def walk_kernel(call, slots, tokens):
     """Walk each slot over its newest token; tokens of one slot may follow in order.
 
     At most two table reads per byte: failure links are folded into `trans`, so the cost follows the
@@ -497,10 +499,10 @@ def walk_kernel(call, slots, tokens, best):
             what the end of the text would complete; ENDS: 1 = `row_last` counts, 0 = no text ends;
             FIRST: row to begin with, and the events of rows before it are kept; SILENT: 1 = events
             are not wanted.
-    slots, tokens int64[num_rows].
-    best    int64[num_rows], out: 1 + the most severe rule that completed, 0 = none.
-    Returns the number of rows done, smaller than num_rows if the events of the next one do not fit
-    (make room and go on from that row); -1 if an id is out of range, with nothing done.
+    slots, tokens int64[num_rows]; what completed is in `Slots.best`.
+    Returns num_rows, or num_rows + 1 if anything completed. Less: the number of rows done, the events
+    of the next one do not fit (make room and go on from that row). -1: an id is out of range, the
+    lengths differ, or there are more than most_rows; nothing is done then.
 
     Few arguments, since each costs 0.1 µs: at batch 1 they are half of the time.
     """
@@ -511,18 +513,21 @@ def walk_kernel(call, slots, tokens, best):
     num_slots, num_tokens = s.policy.shape[0], t.token_special.shape[0]
     max_tracks = s.scratch.shape[0]
     lowest = 0 if commit else -1
+    if slots.shape[0] != tokens.shape[0] or slots.shape[0] > s.best.shape[0]:
+        return -1
     for row in range(slots.shape[0]):
         if not (0 <= slots[row] < num_slots and lowest <= tokens[row] < num_tokens):
             return -1
     if first == 0:
         s.num_events[0] = 0
+    completed = np.int64(s.num_events[0] > 0)
     for row in range(first, slots.shape[0]):
         slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
         mine = slot * np.uintp(max_tracks)
         # Nearly every row: an ordinary token within the text that completes nothing. What this loop
         # cannot settle, `_walk_row` does from the start.
         if s.policy[slot] < 0:
-            best[row] = 0
+            s.best[row] = 0
             continue
         settled = s.plain[slot] and s.pending[slot] == 0 and not ends_count
         if settled:
@@ -567,7 +572,7 @@ def walk_kernel(call, slots, tokens, best):
                     s.state[mine + track - lo] = whole
                 track += np.uintp(1)
             if settled:
-                best[row] = 0
+                s.best[row] = 0
                 continue
             while commit and track > lo:  # take it back
                 track -= np.uintp(1)
@@ -583,5 +588,6 @@ def walk_kernel(call, slots, tokens, best):
             s.pending[slot] = pending
             for k in range(max_tracks):
                 s.state[mine + np.uintp(k)] = s.scratch[k]
-        best[row] = rule + 1
-    return slots.shape[0]
+        s.best[row] = rule + 1
+        completed |= np.int64(rule >= 0)
+    return slots.shape[0] + completed
