@@ -71,10 +71,10 @@ class Tables(NamedTuple):
     rule_rank        int32[num_rules]           lower = more severe
     token_offsets    int32[num_mappings, num_tokens + 1]   into `token_data`
     token_data       uint8[num_bytes]           mapped bytes of each token, mapping after mapping
-    token_end        uint32[num_tracks, num_tokens]   state behind the token, read from the root;
+    token_walk       int64[num_tracks, num_tokens]    state behind the token, read from the root;
                                                 bit 31 = look closer: it completes a match, is
-                                                special or empty, or ends inside a character
-    token_class      uint8[num_tracks, num_tokens]    class of the token's first mapped byte
+                                                special or empty, or ends inside a character; from
+                                                bit 32 on the class of its first mapped byte
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -116,8 +116,7 @@ class Tables(NamedTuple):
     rule_rank: np.ndarray
     token_offsets: np.ndarray
     token_data: np.ndarray
-    token_end: np.ndarray
-    token_class: np.ndarray
+    token_walk: np.ndarray
     token_pending: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
@@ -132,13 +131,13 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b u b u b l b l l l i i l b b"
+_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l u b l b l l l i i l b b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[40, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[39, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 
@@ -402,8 +401,8 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 
 
 @compiled
-def token_shortcuts(packed, track, ends, classes):
-    """Fill in `token_end` and `token_class` of one track; see `Tables`. uint32, uint8[num_tokens], out."""
+def walk_tokens(packed, track, walks):
+    """Fill in `token_walk` of one track; see `Tables`. walks int64[num_tokens], out."""
     t = unpack_tables(packed)
     num_tokens = t.token_special.shape[0]
     for token in range(num_tokens):
@@ -417,9 +416,9 @@ def token_shortcuts(packed, track, ends, classes):
             entry = np.int64(move(packed, track, state, class_))
             state = entry & STATE_MASK
             hit |= entry & HIT_BIT
-        ends[token] = state | hit
+        walks[token] = state | hit
         if begin < end:
-            classes[token] = t.class_of[track * 256 + t.token_data[begin]]
+            walks[token] |= np.int64(t.class_of[track * 256 + t.token_data[begin]]) << 32
 
 
 @compiled
@@ -492,7 +491,7 @@ def walk_kernel(call, slots, tokens):
 
     At most two table reads per byte: failure links are folded into `trans`, so the cost follows the
     bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
-    same bytes from the root goes on as that does, and where that leads is in `token_end`.
+    same bytes from the root goes on as that does, and where that leads is in `token_walk`.
 
     call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
             the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
@@ -535,15 +534,16 @@ def walk_kernel(call, slots, tokens):
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
             track = lo
             while track < hi:
-                whole = t.token_end[track * np.uintp(num_tokens) + token]
-                if whole >> 31:
+                known = t.token_walk[track * np.uintp(num_tokens) + token]
+                whole = np.uint32(known)
+                if whole >> np.uint32(31):
                     settled = False
                     break
                 root = np.uintp(t.track_base[track])
                 limit = np.uintp(t.track_limit[track])
                 state = np.uintp(s.state[mine + track - lo])
                 s.scratch[track - lo] = state
-                class_ = np.uintp(t.token_class[track * np.uintp(num_tokens) + token])
+                class_ = np.uintp(known >> np.int64(32))
                 behind = t.trans[root + class_]
                 if state < limit:
                     entry = t.trans[state + class_]

@@ -16,7 +16,7 @@ from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
 from streamguard.policy_regexes import regexes_of
-from streamguard_kernels.advance import STATE_MASK, Tables, pack_tables, token_shortcuts
+from streamguard_kernels.advance import STATE_MASK, Tables, pack_tables, walk_tokens
 from streamguard_kernels.automaton import (
     COLD_FIELDS,
     accepting_groups,
@@ -504,7 +504,6 @@ def _join(
     def per_track(values: list[int] | np.ndarray) -> np.ndarray:
         return np.array([values[index] for index, _ in tracks], np.int64)
 
-    num_tokens = len(vocabulary)
     tables = Tables(
         trans=np.concatenate([a.packed for a in automata]),
         cold=np.concatenate([a.cold for a in automata]),
@@ -536,8 +535,7 @@ def _join(
         rule_rank=rank,
         token_offsets=token_offsets,
         token_data=np.concatenate(token_data),
-        token_end=np.zeros((len(tracks), num_tokens), np.uint32),
-        token_class=np.zeros((len(tracks), num_tokens), np.uint8),
+        token_walk=np.zeros((len(tracks), len(vocabulary)), np.int64),
         token_pending=pending,
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,
@@ -556,9 +554,7 @@ def _join(
     packed = pack_tables(tables)
     for track, (_, twin) in enumerate(tracks):
         if twin:
-            tables.token_end[track] = tables.token_end[track - 1]
-            tables.token_class[track] = tables.token_class[track - 1]
+            tables.token_walk[track] = tables.token_walk[track - 1]
         else:
-            ends, classes = tables.token_end[track], tables.token_class[track]
-            token_shortcuts(address(packed), track, ends, classes)
+            walk_tokens(address(packed), track, tables.token_walk[track])
     return tables
