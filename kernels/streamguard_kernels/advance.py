@@ -549,7 +549,7 @@ def walk_kernel(call, slots, tokens):
                     entry = t.trans[state + class_]
                 else:
                     entry = _move_cold(packed, np.int64(track), np.int64(state), np.int64(class_))
-                if state != root and entry != behind:
+                if entry != behind:
                     hit = entry
                     state, root = np.uintp(entry & STATE_MASK), np.uintp(behind)
                     at = np.uintp(t.track_mapping[track]) * np.uintp(num_tokens + 1) + token
