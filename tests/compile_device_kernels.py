@@ -8,7 +8,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from streamguard_kernels import device
+from streamguard_kernels import device, device_tables
 
 ARCH = 90
 BYTES = {
@@ -21,13 +21,13 @@ POINTERS = {
 
 
 def main() -> None:
-    slots = device.new_slots(2, 3, 4, "cpu")
-    tables = device.DeviceTables(
-        *("*u8" if name in BYTES else "*i32" for name in device.DeviceTables._fields)
+    slots = device_tables.new_slots(2, 3, 4, "cpu")
+    tables = device_tables.DeviceTables(
+        *("*u8" if name in BYTES else "*i32" for name in device_tables.DeviceTables._fields)
     )
     common = {
         "t": tables,
-        "s": device.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
+        "s": device_tables.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
         "idx_mapping": "*i32",
         "all_token_ids": "*i32",
         "total_len": "*i32",

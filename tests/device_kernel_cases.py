@@ -20,7 +20,7 @@ from streamguard.compiler.vocabulary import Vocabulary  # noqa: E402
 from streamguard.policy import Policy, PolicySet  # noqa: E402
 from streamguard.row_guard import RowGuard  # noqa: E402
 from streamguard.verdict import VerdictCodes  # noqa: E402
-from streamguard_kernels import device  # noqa: E402
+from streamguard_kernels import device, device_tables  # noqa: E402
 
 NUM_SLOTS = 5
 MAX_LEN = 64
@@ -114,7 +114,9 @@ def codes(program: Program) -> VerdictCodes:
     return VerdictCodes.from_table(program.table, encode, decode)
 
 
-def to_device(program: Program, codes: VerdictCodes, **changes: object) -> device.DeviceTables:
+def to_device(
+    program: Program, codes: VerdictCodes, **changes: object
+) -> device_tables.DeviceTables:
     arguments = {
         "rule_group": [r.group for r in program.rules],
         "rule_policy": [program.policies.index(r.policy) for r in program.rules],
@@ -128,7 +130,7 @@ def to_device(program: Program, codes: VerdictCodes, **changes: object) -> devic
         "device": "cpu",
         **changes,
     }
-    return device.to_device(program.tables, **arguments)
+    return device_tables.to_device(program.tables, **arguments)
 
 
 LIKELY = [
@@ -156,7 +158,9 @@ class Engine:
         self.program, self.codes, self.rng = program, codes, rng
         self.host = RowGuard(program, codes, NUM_SLOTS)
         self.tables = to_device(program, codes)
-        self.slots = device.new_slots(NUM_SLOTS, program.max_tracks, len(program.rules), "cpu")
+        self.slots = device_tables.new_slots(
+            NUM_SLOTS, program.max_tracks, len(program.rules), "cpu"
+        )
         self.tokens = torch.zeros((NUM_SLOTS, MAX_LEN), dtype=torch.int32)
         self.total = torch.zeros(NUM_SLOTS, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
@@ -204,7 +208,7 @@ class Engine:
         self.total[slot] = count
         s.seen[slot] = request.prompt_len
         s.verdict_rule[slot], s.verdict_step[slot] = -1, 0
-        s.pending_rule[slot] = device.UNKNOWN_RULE.value
+        s.pending_rule[slot] = device_tables.UNKNOWN_RULE.value
         s.limit[slot] = request.limit
         s.end_tokens[slot] = -1
         if request.policy is None:
