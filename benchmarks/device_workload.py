@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks import workload
 from streamguard.compiler.program import Program, compile_program
+from streamguard.compiler.rules import MASK as MASK_RULES
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.policy import PolicySet
 from streamguard.row_guard import RowGuard
@@ -194,9 +195,9 @@ class Case:
 
     def mask(self, k: int) -> None:
         """`mask_rows` for the slots of step k."""
-        from streamguard_kernels import device
+        from streamguard_kernels import device_mask
 
-        device.mask_rows(self.tables, self.slots, self.logits, self.idx[k], self.total)
+        device_mask.mask_rows(self.tables, self.slots, self.logits, self.idx[k], self.total)
 
     def decide(self, k: int) -> None:
         """`decide_rows` for the slots of step k."""
@@ -291,6 +292,7 @@ def on_device(program: Program, codes: VerdictCodes, device: str) -> Any:
     table = program.table
     return device_tables.to_device(
         program.tables,
+        program.mask_ranges if program.uses(MASK_RULES) else None,
         rule_group=[r.group for r in table.rules],
         rule_policy=[table.policies.index(r.policy) for r in table.rules],
         stop_id=codes.stop_id,

@@ -1,13 +1,13 @@
 """The walk on the device: Triton kernels that agree bit for bit with `advance` and `lookahead`.
 
-Three launches a step: `advance_slots` brings each slot up to its committed tokens, `mask_rows`
-edits the logits of mask rules, `decide_rows` turns a sampled token that completes a match into a
-verdict. None of them copies to the host, allocates or depends on data for its grid, so they suit an
-engine that schedules ahead. Only the platform that runs them imports this module: it needs torch
-and triton.
+At most four launches a step: `advance_slots` brings each slot up to its committed tokens,
+`device_mask.mask_rows` edits the logits of mask rules (two), `decide_rows` turns a sampled token that
+completes a match into a verdict. None of them copies to the host, allocates or depends on data for
+its grid, so they suit an engine that schedules ahead, and can be captured in a graph. Only the
+platform that runs them imports this module: it needs torch and triton.
 
-One walk (`device_walk`) serves all three. Its *lanes* are the tracks of one slot (`advance_slots`,
-`decide_rows`) or neighbouring tokens of the vocabulary (`mask_rows`).
+One walk (`device_walk`) serves all. Its *lanes* are the tracks of one slot (`advance_slots`,
+`decide_rows`) or tokens of the vocabulary (`mask_rows`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from streamguard_kernels.device_tables import (
     NO_VERDICT,
     STOP,
     STOP_SPARE,
-    TRACK_FIELDS,
     UNKNOWN_RULE,
     DeviceTables,
     Slots,
 )
-from streamguard_kernels.device_walk import ALL, BEST, LAST, PAGE, STATES, end_bits, lanes_of, walk
+from streamguard_kernels.device_walk import ALL, LAST, PAGE, STATES, end_bits, lanes_of, walk
 
 
 def advance_slots(
@@ -51,31 +50,6 @@ def advance_slots(
         s.state.stride(0), s.end_tokens.stride(0), s.end_tokens.shape[1],
         t.token_special.shape[0], t.spare_ids.shape[0], t.code_rules.shape[1],
         TRACKS=triton.next_power_of_2(s.state.shape[1]), num_warps=1,
-    )  # fmt: skip
-
-
-def mask_rows(
-    t: DeviceTables,
-    s: Slots,
-    logits: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    total_len: torch.Tensor,
-    *,
-    block: int = 1024,
-) -> None:
-    """Write -inf to every token that would complete a mask rule and nothing more severe.
-
-    What `Session.apply_mask` does, by walking the whole vocabulary: the cost is its mapped bytes a
-    row, whatever the number of patterns. Skip the launch if no request of the batch has mask rules.
-
-    logits  float32[num_rows, >= num_tokens], in/out, rows as in `idx_mapping`; the rest as above.
-    block   tokens a program walks, a power of two.
-    """
-    num_tokens = t.token_special.shape[0]
-    _mask_kernel[(idx_mapping.shape[0], triton.cdiv(num_tokens, block))](
-        t, s, logits, logits.stride(0), idx_mapping, total_len,
-        s.state.stride(0), s.end_tokens.stride(0), s.end_tokens.shape[1], num_tokens,
-        BLOCK=block, num_warps=8,
     )  # fmt: skip
 
 
@@ -273,56 +247,3 @@ def _decide_kernel(
         token = tl.load(t.script_tokens + tl.load(t.script_offsets + rule))
         tl.store(s.pending_rule + slot, rule)
     tl.store(sampled + row, token.to(tl.int64))
-
-
-@triton.jit
-def _mask_kernel(
-    t,
-    s,
-    logits,
-    logits_stride,
-    idx_mapping,
-    total_len,
-    state_stride,
-    end_stride,
-    end_width,
-    num_tokens,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(idx_mapping + row).to(tl.int64)
-    if slot < 0:
-        return
-    policy = tl.load(s.policy + slot).to(tl.int32)
-    if policy < 0:
-        return
-    if tl.load(t.mask_rule + policy) < 0:
-        return
-    if tl.load(s.verdict_rule + slot).to(tl.int32) != NO_VERDICT:
-        return
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = place < num_tokens
-    token = tl.minimum(place, num_tokens - 1)
-    hidden = tl.load(s.hidden + slot).to(tl.int32)
-    pending = tl.load(s.pending + slot).to(tl.int32)
-    ends = end_bits(s, slot, token, end_stride, end_width)
-    limit = tl.load(s.limit + slot).to(tl.int32)
-    last = tl.load(total_len + slot).to(tl.int32) + 1 >= limit
-    ends = tl.where(last, ends | LAST, ends)
-    best = tl.full((BLOCK,), NO_RANK, tl.int32)
-    seen = tl.zeros((BLOCK,), tl.int64)
-    low = tl.load(t.policy_tracks + policy)
-    before = -1
-    for track in range(low, tl.load(t.policy_tracks + policy + 1)):
-        now = tl.load(s.state + slot * state_stride + track - low).to(tl.int32)
-        twin = tl.load(t.tracks + track * TRACK_FIELDS + 6)
-        if (twin == 0) | (now != before):  # twins that have met complete the same
-            state = tl.full((BLOCK,), 0, tl.int32) + now
-            _, _, best, seen = walk(
-                t, s, slot, lanes_of(t, token * 0 + track), live, state, pending, token, ends, hidden,
-                num_tokens, best, seen, 0, BEST,
-            )  # fmt: skip
-        before = now
-    group = tl.load(t.rank_group + best, mask=best != NO_RANK, other=0)
-    # Ranks put stop rules first: the lowest being a mask rule's, no stop rule completes.
-    tl.store(logits + row * logits_stride + place, float("-inf"), mask=live & (group == MASK))

@@ -6,13 +6,14 @@ Only the platform that runs the kernels imports this module.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import triton.language as tl
 
-from streamguard_kernels import advance
+from streamguard_kernels import advance, lookahead
 
 # Groups of rules, the bits of `Tables.groups`.
 MASK = tl.constexpr(1)
@@ -26,7 +27,9 @@ STOP_SPARE = tl.constexpr(0)
 MARKER_SPARE = tl.constexpr(1)
 #: best_rank of a state in which no rule completes.
 NO_RANK = tl.constexpr(0x7FFFFFFF)
-TRACK_FIELDS = tl.constexpr(8)
+TRACK_FIELDS = tl.constexpr(12)
+#: How the tokens to mask in a row are found; see `device_mask`.
+NOTHING, EVERY, SUFFICE, CANDIDATES = (tl.constexpr(way) for way in (-1, 0, 1, 2))
 
 
 class DeviceTables(NamedTuple):
@@ -34,7 +37,8 @@ class DeviceTables(NamedTuple):
 
     trans            int32[num_entries]: as in `Tables`, bit 31 is the sign
     class_of         uint8[num_tracks, 256]
-    tracks           int32[num_tracks, 8]: base, classes, first state, mapping, form, wrap, twin, -
+    tracks           int32[num_tracks, 12]: base, classes, first state, mapping, form, wrap, twin;
+                     where it begins in own_offsets and in link; first, last + 1 in whole; -
     policy_tracks    int32[num_policies + 1]
     policy_rule      int32[num_policies]: the policy's first rule
     mask_rule        int32[num_policies]: its most severe mask rule, -1 = it has none
@@ -53,6 +57,10 @@ class DeviceTables(NamedTuple):
     code_rules       int32[num_policies, width]: the rule that it means, -1 = none
     script_offsets   int32[num_rules + 1]; script_tokens int32[]: what a verdict says, id first
     eos_token        int32[1]
+    masking          int32[num_policies]: SUFFICE, CANDIDATES or EVERY
+    own_offsets, link, order, whole: as in `lookahead.Ranges`, int32
+    own_first        int32[num_ranges + 1]: first of each range, into the track's token order
+    own_before       int64[num_ranges + 1]: tokens in the ranges before it
     """
 
     trans: torch.Tensor
@@ -86,6 +94,13 @@ class DeviceTables(NamedTuple):
     script_offsets: torch.Tensor
     script_tokens: torch.Tensor
     eos_token: torch.Tensor
+    masking: torch.Tensor
+    own_offsets: torch.Tensor
+    link: torch.Tensor
+    order: torch.Tensor
+    whole: torch.Tensor
+    own_first: torch.Tensor
+    own_before: torch.Tensor
 
 
 class Slots(NamedTuple):
@@ -94,6 +109,7 @@ class Slots(NamedTuple):
     The caller sets all but the counts when a request enters a slot, also when it resumes there.
 
     policy        [num_slots]: -1 = not guarded
+    plain         [num_slots]: 1 = only special tokens end the text
     hidden        [num_slots]: 1 = the reader skips special tokens
     seen          [num_slots], in/out: tokens of the slot walked so far; at first the prompt's
     state         [num_slots, max_tracks], in/out: as `Session` keeps it
@@ -108,6 +124,7 @@ class Slots(NamedTuple):
     """
 
     policy: torch.Tensor
+    plain: torch.Tensor
     hidden: torch.Tensor
     seen: torch.Tensor
     state: torch.Tensor
@@ -136,6 +153,7 @@ def new_slots(
 
     return Slots(
         policy=full(-1, num_slots),
+        plain=full(1, num_slots),
         hidden=full(1, num_slots),
         seen=full(0, num_slots),
         state=full(0, num_slots, max_tracks, dtype=torch.int64),
@@ -152,6 +170,7 @@ def new_slots(
 
 def to_device(
     tables: advance.Tables,
+    ranges: lookahead.Ranges | None,
     *,
     rule_group: Sequence[int],
     rule_policy: Sequence[int],
@@ -166,6 +185,7 @@ def to_device(
 ) -> DeviceTables:
     """Copy the tables to a device, once at start.
 
+    ranges       look-ahead of the mask rules; None = every token is walked, for want of such rules.
     rule_group   [num_rules]: MASK, STOP or OBSERVE; rule_policy [num_rules]: the policy's index.
     stop_id      reserved id that ends a text; marker_id: reserved id that begins a verdict whose
                  rule the next token names.
@@ -219,6 +239,12 @@ def to_device(
         )
     ):  # fmt: skip
         tracks[:, i] = column
+    masking = np.zeros(num_policies, np.int32)
+    if ranges is not None:
+        tracks[:, 7], tracks[:, 8] = ranges.own_base, ranges.state_base
+        tracks[:, 9:11] = ranges.whole_span
+        stops = np.bincount(policy[group == STOP.value], minlength=num_policies) > 0
+        masking[:] = _masking(tables, stops)
     best_rank = np.full(len(tables.best_rule), NO_RANK.value, np.int32)
     accepting = tables.best_rule >= 0
     best_rank[accepting] = tables.rule_rank[tables.best_rule[accepting]]
@@ -259,4 +285,33 @@ def to_device(
         script_offsets=put(np.cumsum([0, *map(len, scripts)])),
         script_tokens=put([token for script in scripts for token in script]),
         eos_token=put([eos_token]),
+        masking=put(masking),
+        **{name: put(*column) for name, column in _range_columns(ranges).items()},
     )
+
+
+def _masking(tables: advance.Tables, stops: np.ndarray) -> list[int]:
+    """How each policy is masked, as `lookahead.apply_ranges` has it; stops: it has stop rules."""
+    found = []
+    for p, (low, high) in enumerate(pairwise(tables.policy_tracks)):
+        wraps = tables.mapping_wrap[tables.track_mapping[low:high]].any()
+        way = CANDIDATES if stops[p] or wraps else SUFFICE
+        found.append((EVERY if tables.track_regex[low:high].any() else way).value)
+    return found
+
+
+def _range_columns(ranges: lookahead.Ranges | None) -> dict[str, tuple[np.ndarray, type]]:
+    """Arrays of `DeviceTables` that come from ranges, with their types; none is empty."""
+    none = np.zeros(1, np.int32)
+    if ranges is None:
+        columns = dict.fromkeys(("own_offsets", "link", "order", "whole", "own_first"), none)
+        return {**{n: (c, np.int32) for n, c in columns.items()}, "own_before": (none, np.int64)}
+    first, last = ranges.own[:, 0], ranges.own[:, 1]
+    return {
+        "own_offsets": (ranges.own_offsets, np.int32),
+        "link": (ranges.link, np.int32),
+        "order": (ranges.order, np.int32),
+        "whole": (np.append(ranges.whole, none), np.int32),
+        "own_first": (np.append(first, none), np.int32),
+        "own_before": (np.append(none, np.cumsum(last - first, dtype=np.int64)), np.int64),
+    }

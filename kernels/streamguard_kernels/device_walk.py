@@ -75,6 +75,12 @@ def lanes_of(t, track):
 
 
 @triton.jit
+def state_index(state, base, classes):
+    """A state's place in the per-state arrays of its track; see `advance.state_index`."""
+    return (state - base) // classes
+
+
+@triton.jit
 def _completed(t, lane, index, hit, seen, window):
     """Gather the rules in the output chains of accept states: bit n is rule window + n."""
     first_state = lane[3]
@@ -101,7 +107,7 @@ def _move(t, lane, state, byte, live, best, seen, window, RECORD: tl.constexpr):
     state = tl.where(live, entry & _STATE_MASK, state)
     if RECORD != STATES:
         hit = live & (entry < 0)
-        index = (state - lane[1]) // lane[2]
+        index = state_index(state, lane[1], lane[2])
         rank = tl.load(t.best_rank + lane[3] + index, mask=hit, other=NO_RANK)
         best = tl.minimum(best, rank)
         if RECORD == ALL:

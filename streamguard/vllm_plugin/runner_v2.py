@@ -1,4 +1,4 @@
-"""The guard inside Model Runner V2, on the device: three kernel launches a step, no host sync.
+"""The guard inside Model Runner V2, on the device: at most four kernel launches a step, no host sync.
 
 State is rebuilt from `all_token_ids[slot, :total_len]`, which is authoritative: preempted requests,
 async scheduling and prefill chunks come out right without any call being counted.
@@ -22,7 +22,7 @@ from streamguard.session import Session
 from streamguard.vllm_plugin.body import Attached
 from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
-from streamguard_kernels import device, device_tables
+from streamguard_kernels import device, device_mask, device_tables
 
 logger = logging.getLogger("vllm.streamguard")
 _PUBLISH_EVERY_S = 0.25
@@ -59,6 +59,7 @@ class _Entering:
     """A request that begins (or resumes) in a slot with the next step."""
 
     policy: int
+    plain: bool
     hidden: bool
     end_tokens: list[int]
     end_bits: int
@@ -83,6 +84,7 @@ class V2Body(Attached):
         table = context.table
         self._tables = device_tables.to_device(
             program.tables,
+            program.mask_ranges if table.uses(MASK) else None,
             rule_group=[r.group for r in table.rules],
             rule_policy=[table.policies.index(r.policy) for r in table.rules],
             stop_id=codes.stop_id,
@@ -133,6 +135,7 @@ class V2Body(Attached):
         self._policy[slot] = policy
         self._entering[slot] = _Entering(
             policy,
+            all(self.context.program.vocabulary.special[admission.end_token_ids]),
             admission.hide_special_tokens,
             admission.end_token_ids,
             session.end_bits(0),
@@ -157,6 +160,7 @@ class V2Body(Attached):
         width = self._slots.end_tokens.shape[1]
         columns: dict[str, Any] = {
             "policy": [e.policy for e in values],
+            "plain": [int(e.plain) for e in values],
             "hidden": [int(e.hidden) for e in values],
             "seen": [e.prompt_len for e in values],
             "state": np.stack([e.state for e in values]),
@@ -180,7 +184,7 @@ class V2Body(Attached):
             self._advance(ctx.idx_mapping)
             self._advanced = True
             with self.metrics.timed("mask"):
-                device.mask_rows(
+                device_mask.mask_rows(
                     self._tables, self._slots, logits, ctx.idx_mapping,
                     self._requests.total_len.gpu,
                 )  # fmt: skip
