@@ -68,7 +68,7 @@ _RARE = (
 _IMPERATIVES = (
     "build buy make hide sell forge order plant send steal mix smuggle deploy inject launch obtain"
 ).split()
-_SYLLABLES = (
+SYLLABLES = (
     "al an ar bel bor cal cor dan del dor el en fal fen gar gol har hel in jor kal ker lan lor mar "
     "mel mor nar nel or pan per quor ral ren sal sel tan tor ul van vel wor yan zel zor"
 ).split()
@@ -105,7 +105,7 @@ def literals(num_literals: int, kind: str = ORDINARY) -> tuple[str, ...]:
     rng = random.Random(SEED + 1)
 
     def name() -> str:
-        stem = "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 3, 3))))
+        stem = "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 3, 3))))
         return stem.capitalize() + rng.choice(("x", "zine", "tek", "dryl", "quat"))
 
     def ordinary() -> str:

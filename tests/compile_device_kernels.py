@@ -8,11 +8,13 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from streamguard_kernels import device
+from streamguard_kernels import device, device_mask, device_tables
 
 ARCH = 90
-BYTES = {
-    "class_of", "rank_group", "token_data", "token_special", "raw_data", "map_data",
+#: Types of the tables' arrays; all others are int32.
+TYPES = {
+    "class_of": "*u8", "rank_group": "*u8", "token_data": "*u8", "token_special": "*u8",
+    "raw_data": "*u8", "map_data": "*u8", "own_before": "*i64",
 }  # fmt: skip
 POINTERS = {
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32",
@@ -21,13 +23,13 @@ POINTERS = {
 
 
 def main() -> None:
-    slots = device.new_slots(2, 3, 4, "cpu")
-    tables = device.DeviceTables(
-        *("*u8" if name in BYTES else "*i32" for name in device.DeviceTables._fields)
+    slots = device_tables.new_slots(2, 3, 4, "cpu")
+    tables = device_tables.DeviceTables(
+        *(TYPES.get(name, "*i32") for name in device_tables.DeviceTables._fields)
     )
     common = {
         "t": tables,
-        "s": device.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
+        "s": device_tables.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
         "idx_mapping": "*i32",
         "all_token_ids": "*i32",
         "total_len": "*i32",
@@ -37,7 +39,8 @@ def main() -> None:
     }
     cases: list[tuple[Any, dict[str, object], dict[str, object]]] = [
         (device._advance_kernel, {"TRACKS": 4}, {}),
-        (device._mask_kernel, {"BLOCK": 1024}, {}),
+        (device_mask._ranges_kernel, {"BLOCK": 256}, {}),
+        (device_mask._walking_kernel, {"ROWS": 16, "BLOCK": 1024}, {}),
         (device._decide_kernel, {"TRACKS": 4, "LOOK": True}, {"processed": "*bf16"}),
     ]
     for kernel, constants, more in cases:

@@ -20,7 +20,8 @@ import pytest
 from hypothesis import settings
 from mrv2_run import Mrv2Run
 
-from streamguard.demo_model import demo_model, tiny_model
+from streamguard.demo_model import demo_model
+from streamguard.tiny_model import tiny_model
 
 settings.register_profile("streamguard", deadline=None, print_blob=True)
 settings.load_profile("streamguard")

@@ -20,7 +20,7 @@ from streamguard.compiler.vocabulary import Vocabulary  # noqa: E402
 from streamguard.policy import Policy, PolicySet  # noqa: E402
 from streamguard.row_guard import RowGuard  # noqa: E402
 from streamguard.verdict import VerdictCodes  # noqa: E402
-from streamguard_kernels import device  # noqa: E402
+from streamguard_kernels import device, device_mask, device_tables  # noqa: E402
 
 NUM_SLOTS = 5
 MAX_LEN = 64
@@ -69,6 +69,11 @@ POLICIES = {
         rule("fold", "mask", ["strasse", "ffi", "é"], normalize=["case"]),
         rule("word", "mask", ["bo", "b é"], boundary="word"),
     ],
+    "spaced": [
+        rule("one", "mask", ["ab", "abab", "o m", "b.", "mb b", "bom"], normalize=["separators"]),
+        rule("two", "mask", [" secret", "ret a", "bab", "€a"]),
+        rule("see-one", "observe", ["ab a", "b"]),
+    ],
     "evasive": [
         rule("spaced", "mask", ["bomb", "o m"], normalize=["case", "zero-width", "separators"]),
         rule("alike", "halt", ["bornb", "abba"], normalize=["case", "confusables", "leet"]),
@@ -114,7 +119,9 @@ def codes(program: Program) -> VerdictCodes:
     return VerdictCodes.from_table(program.table, encode, decode)
 
 
-def to_device(program: Program, codes: VerdictCodes, **changes: object) -> device.DeviceTables:
+def to_device(
+    program: Program, codes: VerdictCodes, **changes: object
+) -> device_tables.DeviceTables:
     arguments = {
         "rule_group": [r.group for r in program.rules],
         "rule_policy": [program.policies.index(r.policy) for r in program.rules],
@@ -128,7 +135,7 @@ def to_device(program: Program, codes: VerdictCodes, **changes: object) -> devic
         "device": "cpu",
         **changes,
     }
-    return device.to_device(program.tables, **arguments)
+    return device_tables.to_device(program.tables, program.mask_ranges, **arguments)
 
 
 LIKELY = [
@@ -136,6 +143,7 @@ LIKELY = [
     for i in range(len(SPECIALS), NUM_TOKENS)
     if set("bomé€".encode()) & set(VOCABULARY.token_bytes[i])
 ]
+UNFINISHED = [i for i in LIKELY if VOCABULARY.token_bytes[i][-1:] in (b"\xc3", b"\x82", b"\x9f")]
 
 
 @dataclass
@@ -156,7 +164,9 @@ class Engine:
         self.program, self.codes, self.rng = program, codes, rng
         self.host = RowGuard(program, codes, NUM_SLOTS)
         self.tables = to_device(program, codes)
-        self.slots = device.new_slots(NUM_SLOTS, program.max_tracks, len(program.rules), "cpu")
+        self.slots = device_tables.new_slots(
+            NUM_SLOTS, program.max_tracks, len(program.rules), "cpu"
+        )
         self.tokens = torch.zeros((NUM_SLOTS, MAX_LEN), dtype=torch.int32)
         self.total = torch.zeros(NUM_SLOTS, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
@@ -170,12 +180,16 @@ class Engine:
             "said": 0,
         }
 
-    def new_request(self, slot: int) -> None:
+    def new_request(self, slot: int, policy: str | None = None) -> None:
+        """Begin a random text, under a random policy or the one named."""
         rng = self.rng
         prompt = [self.token() for _ in range(rng.randrange(7))]
         ends = rng.sample([EOS, STOP_ID, PIECES.index(b".") + len(SPECIALS)], rng.randrange(4))
         request = Request(
-            rng.choice([None, *self.program.policies, "default", "default", "evasive", "evasive"]),
+            policy
+            or rng.choice(
+                [None, *self.program.policies, "default", "default", "evasive", "evasive"]
+            ),
             prompt,
             len(prompt),
             min(MAX_LEN, len(prompt) + rng.choice([3, 9, 30])),
@@ -192,6 +206,8 @@ class Engine:
         rng = self.rng
         if rng.random() < 0.06:
             return rng.randrange(4, len(SPECIALS))
+        if rng.random() < 0.1:
+            return rng.choice(UNFINISHED)
         if rng.random() < 0.5:
             return rng.choice(LIKELY)
         return rng.randrange(len(SPECIALS), NUM_TOKENS)
@@ -204,7 +220,7 @@ class Engine:
         self.total[slot] = count
         s.seen[slot] = request.prompt_len
         s.verdict_rule[slot], s.verdict_step[slot] = -1, 0
-        s.pending_rule[slot] = device.UNKNOWN_RULE.value
+        s.pending_rule[slot] = device_tables.UNKNOWN_RULE.value
         s.limit[slot] = request.limit
         s.end_tokens[slot] = -1
         if request.policy is None:
@@ -220,6 +236,7 @@ class Engine:
         )
         session = self.host.session
         s.policy[slot] = int(session._slots.policy[slot])
+        s.plain[slot] = int(session._slots.plain[slot])
         s.hidden[slot] = int(session._slots.hidden[slot])
         s.state[slot] = torch.from_numpy(session._slots.state[slot].copy())
         s.pending[slot] = int(session._slots.pending[slot])
@@ -253,7 +270,7 @@ class Engine:
         logits = np.zeros((len(rows), NUM_TOKENS + 3), np.float32)
         edited = torch.zeros(logits.shape)
         if guarded and rng.random() < 0.4:  # the interpreter takes longest for this one
-            device.mask_rows(self.tables, self.slots, edited, idx, self.total, block=128)
+            device_mask.mask_rows(self.tables, self.slots, edited, idx, self.total, block=128)
             self.host.mask(logits, *map(list, zip(*guarded, strict=True)))
             self.check_mask(rows, logits, edited.numpy())
 
@@ -380,7 +397,7 @@ def test_mask_equals_a_walk_of_every_token(
             engine.new_request(slot)
         logits = torch.zeros((NUM_SLOTS, NUM_TOKENS))
         idx = torch.arange(NUM_SLOTS)
-        device.mask_rows(engine.tables, engine.slots, logits, idx, engine.total, block=16)
+        device_mask.mask_rows(engine.tables, engine.slots, logits, idx, engine.total, block=64)
         for slot in range(NUM_SLOTS):
             expected = np.zeros(NUM_TOKENS, bool)
             if engine.requests[slot].policy is not None:
@@ -388,6 +405,53 @@ def test_mask_equals_a_walk_of_every_token(
                 best = engine.host.session.peek([slot] * NUM_TOKENS, every, last) - 1
                 expected = (best >= 0) & (groups[best] == MASK)
             assert np.isinf(logits[slot].numpy()).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "see"])
+def test_mask_equals_that_of_the_session_whichever_way_a_row_goes(
+    policy: str, program: Program, codes: VerdictCodes, seed: int
+) -> None:
+    rng = random.Random(f"{seed} {policy}")
+    ways = {"raw-mask": "ranges", "spaced": "ranges", "regexes": "all tokens"}
+    engine = Engine(program, codes, rng)
+    masked: dict[str, int] = {}
+    for _ in range(2):
+        for slot in range(NUM_SLOTS):
+            engine.new_request(slot, policy)
+            if slot < 3:  # an ordinary text
+                prompt = rng.choices(
+                    [i for i in LIKELY if VOCABULARY.token_bytes[i].isascii()], k=5
+                )
+                ends = {"end_token_ids": [EOS], "show_end_token": slot == 0}
+                engine.requests[slot] = Request(policy, prompt, len(prompt), MAX_LEN, ends)
+                engine.admit(slot)
+        logits = torch.zeros((NUM_SLOTS, NUM_TOKENS))
+        slots = torch.arange(NUM_SLOTS)
+        device_mask.mask_rows(
+            engine.tables, engine.slots, logits, slots, engine.total, block=128,
+            range_block=2 if policy in ways else 16,
+        )  # fmt: skip
+        expected = np.zeros((NUM_SLOTS, NUM_TOKENS), np.float32)
+        engine.host.mask(expected, slots.tolist(), slots.tolist())
+        for slot in range(NUM_SLOTS):
+            way = way_of(engine, slot)
+            masked[way] = masked.get(way, 0) + int(np.isinf(expected[slot]).sum())
+        engine.check_mask(slots.tolist(), expected, logits.numpy())
+    print(policy, masked)
+    assert masked.get(ways.get(policy, "tokens of ranges")), masked
+
+
+def way_of(engine: Engine, slot: int) -> str:
+    """Which tokens of a row the device looks at; see `device_mask`."""
+    s, last = engine.slots, bool(engine.host._last(np.array([slot]))[0])
+    way = int(engine.tables.masking[s.policy[slot]])
+    if way == device_tables.SUFFICE.value and not s.plain[slot]:
+        way = device_tables.CANDIDATES.value
+    if not s.hidden[slot] or s.pending[slot]:
+        way = device_tables.EVERY.value
+    if way == device_tables.CANDIDATES.value and last:
+        way = device_tables.EVERY.value
+    return {0: "all tokens", 1: "ranges", 2: "tokens of ranges"}[way]
 
 
 def test_tables_that_the_kernels_cannot_read_are_refused(

@@ -208,6 +208,24 @@ def case_or_none(rng: random.Random) -> tuple[str, ...]:
     return rng.choice([(), ("case",)])
 
 
+def shows_no_match(rng: random.Random, compiled: Program, text: str) -> bool:
+    """Feed a text whole, in pieces and by characters; return whether anything was cut out.
+
+    The outcome must be the same for all pieces, no match may ever show, and a text without one must
+    come through as it is.
+    """
+    whole = run(compiled, [text])
+    assert run(compiled, pieces(rng, text, rng.choice([1, 3]))) == whole
+    assert not closed_matches(compiled, whole[0].encode()), (compiled.rules, text, whole)
+    shown, stream = "", TextStream(compiled, 0)
+    for character in text:
+        shown += stream.feed(character)
+        assert not closed_matches(compiled, shown.encode()), (compiled.rules, text, shown)
+    if not closed_matches(compiled, text.encode()):
+        assert whole[0] == text
+    return whole[0] != text
+
+
 def test_under_every_normal_form_no_match_is_ever_shown(seed: int) -> None:
     rng = random.Random(seed)
     num_cut = 0
@@ -215,15 +233,7 @@ def test_under_every_normal_form_no_match_is_ever_shown(seed: int) -> None:
         compiled = program(policy(*random_rules(rng, LITERALS, rng.randint(1, 3))))
         noise = [rng.choice(["", "", "\u200b", " ", " . ", "\u0301", "0"]) for _ in range(40)]
         text = "".join(c + rng.choice(noise) for c in random_data(rng, 8, broken=False).decode())
-        whole = run(compiled, [text])
-        num_cut += whole[0] != text
-        assert run(compiled, pieces(rng, text, rng.choice([1, 3]))) == whole
-        shown, stream = "", TextStream(compiled, 0)
-        for character in text:
-            shown += stream.feed(character)
-            assert not closed_matches(compiled, shown.encode()), (compiled.rules, text, shown)
-        if not closed_matches(compiled, text.encode()):
-            assert whole[0] == text
+        num_cut += shows_no_match(rng, compiled, text)
     assert num_cut
 
 
@@ -249,16 +259,7 @@ def test_regexes_hold_what_they_need_and_pieces_change_nothing(seed: int) -> Non
             " x ",
         ]
         text = "".join(rng.choices([*parts, *LITERALS], k=8))
-        whole = run(compiled, [text])
-        num_cut += whole[0] != text
-        assert run(compiled, pieces(rng, text, rng.choice([1, 3]))) == whole
-        assert not closed_matches(compiled, whole[0].encode()), (compiled.rules, text, whole)
-        shown, stream = "", TextStream(compiled, 0)
-        for character in text:
-            shown += stream.feed(character)
-            assert not closed_matches(compiled, shown.encode()), (compiled.rules, text, shown)
-        if not closed_matches(compiled, text.encode()):
-            assert whole[0] == text
+        num_cut += shows_no_match(rng, compiled, text)
     assert num_cut
 
 

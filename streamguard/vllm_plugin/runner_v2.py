@@ -1,4 +1,4 @@
-"""The guard inside Model Runner V2, on the device: three kernel launches a step, no host sync.
+"""The guard inside Model Runner V2, on the device: at most four kernel launches a step, no host sync.
 
 State is rebuilt from `all_token_ids[slot, :total_len]`, which is authoritative: preempted requests,
 async scheduling and prefill chunks come out right without any call being counted.
@@ -22,7 +22,7 @@ from streamguard.session import Session
 from streamguard.vllm_plugin.body import Attached
 from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
-from streamguard_kernels import device as kernels
+from streamguard_kernels import device, device_mask, device_tables
 
 logger = logging.getLogger("vllm.streamguard")
 _PUBLISH_EVERY_S = 0.25
@@ -59,6 +59,7 @@ class _Entering:
     """A request that begins (or resumes) in a slot with the next step."""
 
     policy: int
+    plain: bool
     hidden: bool
     end_tokens: list[int]
     end_bits: int
@@ -81,8 +82,9 @@ class V2Body(Attached):
         self._device = req_states.device
         assert codes.stop_id is not None and codes.marker_id is not None  # noqa: PT018
         table = context.table
-        self._tables = kernels.to_device(
+        self._tables = device_tables.to_device(
             program.tables,
+            program.mask_ranges if table.uses(MASK) else None,
             rule_group=[r.group for r in table.rules],
             rule_policy=[table.policies.index(r.policy) for r in table.rules],
             stop_id=codes.stop_id,
@@ -95,7 +97,7 @@ class V2Body(Attached):
             device=self._device,
         )
         num_slots = req_states.max_num_reqs
-        self._slots = kernels.new_slots(
+        self._slots = device_tables.new_slots(
             num_slots, program.max_tracks, len(table.rules), self._device
         )
         self._session = Session(program, 1)  # on the host, for prompts only
@@ -133,6 +135,7 @@ class V2Body(Attached):
         self._policy[slot] = policy
         self._entering[slot] = _Entering(
             policy,
+            all(self.context.program.vocabulary.special[admission.end_token_ids]),
             admission.hide_special_tokens,
             admission.end_token_ids,
             session.end_bits(0),
@@ -157,13 +160,14 @@ class V2Body(Attached):
         width = self._slots.end_tokens.shape[1]
         columns: dict[str, Any] = {
             "policy": [e.policy for e in values],
+            "plain": [int(e.plain) for e in values],
             "hidden": [int(e.hidden) for e in values],
             "seen": [e.prompt_len for e in values],
             "state": np.stack([e.state for e in values]),
             "pending": [e.pending for e in values],
-            "verdict_rule": [kernels.NO_VERDICT.value] * len(entering),
+            "verdict_rule": [device_tables.NO_VERDICT.value] * len(entering),
             "verdict_step": [0] * len(entering),
-            "pending_rule": [kernels.UNKNOWN_RULE.value] * len(entering),
+            "pending_rule": [device_tables.UNKNOWN_RULE.value] * len(entering),
             "limit": [e.limit for e in values],
             "end_tokens": [e.end_tokens + [-1] * (width - len(e.end_tokens)) for e in values],
             "end_bits": [e.end_bits for e in values],
@@ -180,7 +184,7 @@ class V2Body(Attached):
             self._advance(ctx.idx_mapping)
             self._advanced = True
             with self.metrics.timed("mask"):
-                kernels.mask_rows(
+                device_mask.mask_rows(
                     self._tables, self._slots, logits, ctx.idx_mapping,
                     self._requests.total_len.gpu,
                 )  # fmt: skip
@@ -206,7 +210,7 @@ class V2Body(Attached):
                 self._advance(idx_mapping)
             self._advanced = False
             with self.metrics.timed("decide"):
-                kernels.decide_rows(
+                device.decide_rows(
                     self._tables, self._slots, sampled, idx_mapping, pos,
                     self._requests.total_len.gpu,
                     logits if self._masks[policies].any() else None,
@@ -235,7 +239,7 @@ class V2Body(Attached):
         slots = idx_mapping.repeat_interleave(alternatives)
         remembered = self._slots.pending_rule.clone()
         never = torch.full_like(slots, -1)  # a position that counts nothing
-        kernels.decide_rows(
+        device.decide_rows(
             self._tables, self._slots, tried, slots, never, self._requests.total_len.gpu
         )
         self._slots.pending_rule.copy_(remembered)
@@ -245,7 +249,7 @@ class V2Body(Attached):
 
     def _advance(self, idx_mapping: torch.Tensor) -> None:
         with self.metrics.timed("commit"):
-            kernels.advance_slots(
+            device.advance_slots(
                 self._tables, self._slots, idx_mapping, self._requests.all_token_ids.gpu,
                 self._requests.total_len.gpu,
             )  # fmt: skip
