@@ -65,7 +65,10 @@ def compiled_pyahocorasick(num_literals: int, kind: str, case: bool) -> tuple[An
 
 
 class Hyperscan:
-    """One stream per text; the callback and the streams must be kept (python-hyperscan crashes).
+    """One stream per text.
+
+    python-hyperscan holds no reference to callback and contexts, and crashes if they are gone: they
+    are kept here, and so is the database.
 
     found    (row, id of the expression) of all matches so far.
     rule_of  the rule of an expression.
@@ -76,8 +79,10 @@ class Hyperscan:
         self._rule_of = rule_of
         self._database = database
         self._callback = self._on_match
+        self._contexts = list(range(batch))
         self.streams = [
-            database.stream(match_event_handler=self._callback, context=row) for row in range(batch)
+            database.stream(match_event_handler=self._callback, context=row)
+            for row in self._contexts
         ]
         for stream in self.streams:
             stream.__enter__()

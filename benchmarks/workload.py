@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,12 +181,12 @@ def rule_of(literal: int) -> int:
     return literal % RULES
 
 
-def policy_text(
-    num_literals: int, action: str, name: str, *, forms: Sequence[str] = (), kind: str = ORDINARY
-) -> str:
-    """A policy file: RULES rules share the literals out among them; clients may choose it by name."""
+def _policy_content(
+    num_literals: int, action: str, name: str, forms: Sequence[str], kind: str
+) -> dict[str, Any]:
+    """RULES rules share the literals out among them; clients may choose the policy by name."""
     chosen = literals(num_literals, kind)
-    content = {
+    return {
         "version": 1,
         "name": name,
         "client_selectable": True,
@@ -200,15 +201,31 @@ def policy_text(
             for rule in range(RULES)
         ],
     }
+
+
+def policy_text(num_literals: int, action: str, name: str) -> str:
+    """A policy file with its literals in it."""
+    content = _policy_content(num_literals, action, name, (), ORDINARY)
     return json.dumps(content)  # YAML is a superset of JSON
+
+
+def policy_file(num_literals: int, action: str, folder: Path) -> Path:
+    """Write a policy file and a literals file for each of its rules into a folder."""
+    content = _policy_content(num_literals, action, "bench", (), ORDINARY)
+    for rule in content["rules"]:
+        listed = folder / f"{rule['id']}.txt"
+        listed.write_text("\n".join(rule.pop("literals")) + "\n")
+        rule["literals_file"] = listed.name
+    path = folder / "policy.yaml"
+    path.write_text(json.dumps(content))
+    return path
 
 
 def policy(
     num_literals: int, action: str, *, forms: Sequence[str] = (), kind: str = ORDINARY
 ) -> Policy:
-    """The same as an object, named bench."""
-    text = policy_text(num_literals, action, "bench", forms=forms, kind=kind)
-    return Policy.from_dict(json.loads(text))
+    """The same as an object, named bench, also under normal forms or of another kind of list."""
+    return Policy.from_dict(_policy_content(num_literals, action, "bench", forms, kind))
 
 
 @dataclass(frozen=True)
