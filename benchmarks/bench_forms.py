@@ -17,6 +17,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def text_of(kind: str, num_sentences: int = 5_000) -> str:
     rng = random.Random(5)
     planted = literals(10)
     words: list[str] = []
-    for _, sentence in zip(range(num_sentences), sentences(), strict=False):
+    for sentence in islice(sentences(), num_sentences):
         words += sentence.split()
         if rng.randrange(25) == 0:
             literal = rng.choice(planted)
