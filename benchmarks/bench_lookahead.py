@@ -78,8 +78,8 @@ def prepare(num_literals: int, batch: int, kind: str) -> Case:
     """Build every contestant and check what it masks."""
     work = shared()
     num_tokens = len(work.vocabulary)
-    guard = work.guard(num_literals, "mask", kind=kind)
-    build_seconds = guard.program.compile_seconds + seconds(lambda: guard.program.mask_ranges)
+    guard, build_seconds = work.timed_guard(num_literals, "mask", kind=kind)
+    build_seconds += seconds(lambda: guard.program.mask_ranges)
     stream = work.stream(batch, _LEAD + _APART * SNAPSHOTS)
     slots: Any = np.arange(batch)
     last: Any = np.zeros(batch, bool)

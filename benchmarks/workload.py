@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.measure import seconds
 from streamguard import Guard, Policy
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.demo_model import demo_model
@@ -269,8 +270,16 @@ class Workload:
         self, num_literals: int, action: str, *, case: bool = False, kind: str = ORDINARY
     ) -> Guard:
         """The compiled policy over this vocabulary."""
+        return self.timed_guard(num_literals, action, case=case, kind=kind)[0]
+
+    def timed_guard(
+        self, num_literals: int, action: str, *, case: bool = False, kind: str = ORDINARY
+    ) -> tuple[Guard, float]:
+        """The same, and the CPU seconds that compiling took."""
         chosen = policy(num_literals, action, forms=("case",) if case else (), kind=kind)
-        return Guard(chosen, self.vocabulary)
+        guards: list[Guard] = []
+        spent = seconds(lambda: guards.append(Guard(chosen, self.vocabulary)))
+        return guards[0], spent
 
 
 @lru_cache(maxsize=1)
