@@ -24,8 +24,8 @@ demo: $(STAMP) ## serve a small model guarded and show what the guard does
 test: $(STAMP) ## run every test
 	$(BIN)/python -m pytest
 
-bench: $(STAMP) ## run the benchmarks and print the ratios to the peers
-	$(BIN)/python -m benchmarks
+bench: $(STAMP) ## run the benchmarks and print the ratios to the peers (ROOMS="advance growth": some)
+	$(BIN)/python -m benchmarks $(ROOMS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

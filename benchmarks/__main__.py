@@ -1,6 +1,7 @@
-"""`python -m benchmarks [--quick] [advance] [lookahead] [engine]`: run, print one table, keep a record.
+"""`python -m benchmarks [--quick] [ROOM ...]`: run all rooms or some, print tables, keep a record.
 
-The record (benchmarks/results/latest.json, latest.md) is written by full runs only, unless --record.
+The record (benchmarks/results/latest.json, latest.md, growth.png) is written by full runs only, unless
+--record.
 Exits with 1 if an engine reports other hits, masks or tokens than its peer; a missed bar is printed,
 not punished, because machines are noisy.
 """
@@ -16,7 +17,17 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import bench_advance, bench_engine, bench_lookahead, report
+from benchmarks import (
+    bench_advance,
+    bench_c_loop,
+    bench_engine,
+    bench_forms,
+    bench_growth,
+    bench_lookahead,
+    bench_packs,
+    bench_vocabularies,
+    report,
+)
 
 Bench = Callable[[bool, Callable[[str], None]], report.Results]
 
@@ -26,7 +37,12 @@ def _benches(quick: bool) -> dict[str, tuple[Bench, int]]:
     turns = bench_engine.turns_per_round() * (bench_engine.rounds(quick) + 1)
     return {
         "advance": (bench_advance.bench, len(bench_advance.cases())),
+        "forms": (bench_forms.bench, len(bench_forms.TEXTS)),
+        "packs": (bench_packs.bench, len(bench_packs.STEPS)),
+        "c-loop": (bench_c_loop.bench, len(bench_c_loop.cases())),
         "lookahead": (bench_lookahead.bench, len(bench_lookahead.cases())),
+        "vocabularies": (bench_vocabularies.bench, len(bench_vocabularies.cases())),
+        "growth": (bench_growth.bench, len(bench_growth.cases(quick))),
         "engine": (bench_engine.bench, len(bench_engine.BATCHES) * turns),
     }
 
@@ -34,7 +50,7 @@ def _benches(quick: bool) -> dict[str, tuple[Bench, int]]:
 def main() -> int:
     """Run the benches named on the command line, all by default."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="advance, lookahead, engine")
+    parser.add_argument("names", nargs="*", metavar="ROOM", help=", ".join(_benches(True)))
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument(
         "--record", action="store_true", help="keep the record of a partial run too"

@@ -78,8 +78,8 @@ def prepare(num_literals: int, batch: int, kind: str) -> Case:
     """Build every contestant and check what it masks."""
     work = shared()
     num_tokens = len(work.vocabulary)
-    guard = work.guard(num_literals, "mask", kind=kind)
-    build_seconds = guard.program.compile_seconds + seconds(lambda: guard.program.mask_ranges)
+    guard, build_seconds = work.timed_guard(num_literals, "mask", kind=kind)
+    build_seconds += seconds(lambda: guard.program.mask_ranges)
     stream = work.stream(batch, _LEAD + _APART * SNAPSHOTS)
     slots: Any = np.arange(batch)
     last: Any = np.zeros(batch, bool)
@@ -106,7 +106,7 @@ def prepare(num_literals: int, batch: int, kind: str) -> Case:
             expected = brute_force(session, row)
             if not np.array_equal(np.flatnonzero(forbidden[row]), expected):
                 raise AssertionError(f"row {row}: masked tokens differ from brute force")
-        bitmask = _bitmask(forbidden)
+        bitmask = bitmask_of(forbidden)
         again = torch.zeros((batch, num_tokens))
         xgrammar.apply_token_bitmask_inplace(again, bitmask)
         if not np.array_equal(np.isneginf(again.numpy()), forbidden):
@@ -144,7 +144,8 @@ def prepare(num_literals: int, batch: int, kind: str) -> Case:
     return Case(contestants, build_seconds, bad_words_seconds, masked_per_row, STEPS[batch])
 
 
-def _bitmask(forbidden: NDArray[np.bool_]) -> torch.Tensor:
+def bitmask_of(forbidden: NDArray[np.bool_]) -> torch.Tensor:
+    """What xgrammar takes for bool[batch, num_tokens]."""
     batch, num_tokens = forbidden.shape
     bitmask = xgrammar.allocate_token_bitmask(batch, num_tokens)
     bits = np.ones((batch, bitmask.shape[1] * 32), np.uint8)

@@ -66,17 +66,34 @@ class Bar:
         return self.measured.median >= self.required
 
 
+@dataclass(frozen=True)
+class Point:
+    """A point of a curve.
+
+    panel, series  which table and plot, which engine; low, high: smallest and largest round.
+    """
+
+    panel: str
+    series: str
+    x: int
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
 @dataclass
 class Results:
     """What the benches of one run hand over. facts: what has no place in the table."""
 
     cells: list[Cell] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: Results) -> None:
         """Append the results of another bench."""
         self.cells += other.cells
+        self.points += other.points
         self.bars += other.bars
         self.facts.update(other.facts)
 
@@ -105,6 +122,22 @@ def _lines(cells: Iterable[Cell]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def _curves(points: Iterable[Point]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(panel, header, lines) of each panel: a column a value of x, a line an engine."""
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for point in points:
+        panels.setdefault(point.panel, {}).setdefault(point.series, {})[point.x] = point.y
+    tables = []
+    for panel, series in panels.items():
+        values = sorted({x for line in series.values() for x in line})
+        lines = [
+            [name] + [_number(line[x], "").strip() if x in line else "–" for x in values]
+            for name, line in series.items()
+        ]
+        tables.append((panel, [panel] + [f"{x:,}" for x in values], lines))
+    return tables
+
+
 _HEADER = ["ratio: median of rounds (min–max)", "patterns"] + [f"batch {b}" for b in BATCHES]
 
 
@@ -120,14 +153,22 @@ def show(results: Results, console: Console) -> None:
             table.add_row(f"[bold]{room}[/bold]")
             before = room
         table.add_row(*columns)
-    console.print(table)
+    if results.cells:
+        console.print(table)
+    for panel, header, lines in _curves(results.points):
+        curves = Table(header_style="bold", title=panel)
+        for i, name in enumerate(["", *header[1:]]):
+            curves.add_column(name, justify="left" if i == 0 else "right")
+        for line in lines:
+            curves.add_row(*line)
+        console.print(curves)
     for key, value in results.facts.items():
         console.print(f"{key}: {value}", highlight=False)
     for bar in results.bars:
         said = "[green]met[/green]" if bar.met else "[red]not met[/red]"
         console.print(
             f"{said}  {bar.name}: {bar.measured.median:.3g}× "
-            f"({bar.measured.low:.3g}–{bar.measured.high:.3g}), required {bar.required:g}×",
+            f"({bar.measured.low:.3g}–{bar.measured.high:.3g}), required {bar.required:.3g}×",
             highlight=False,
         )
 
@@ -171,7 +212,7 @@ def versions() -> dict[str, str]:
 
 
 def write(results: Results, *, quick: bool, minutes: float, folder: Path = RESULTS) -> list[Path]:
-    """Write latest.json and latest.md; return their paths."""
+    """Write latest.json, latest.md and, if growth was measured, growth.png; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -182,12 +223,19 @@ def write(results: Results, *, quick: bool, minutes: float, folder: Path = RESUL
         "facts": results.facts,
         "bars": [{**asdict(bar), "met": bar.met} for bar in results.bars],
         "cells": [asdict(cell) for cell in results.cells],
+        "points": [asdict(point) for point in results.points],
     }
     as_json = folder / "latest.json"
     as_json.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     as_markdown = folder / "latest.md"
     as_markdown.write_text(_markdown(results, record))
-    return [as_json, as_markdown]
+    written = [as_json, as_markdown]
+    if results.points:
+        from benchmarks.growth_plot import draw
+
+        written.append(folder / "growth.png")
+        draw(results.points, written[-1])
+    return written
 
 
 def _markdown(results: Results, record: dict[str, Any]) -> str:
@@ -207,12 +255,15 @@ def _markdown(results: Results, record: dict[str, Any]) -> str:
             lines.append(f"| **{room}** |" + " |" * (len(_HEADER) - 1))
             before = room
         lines.append("| " + " | ".join(columns) + " |")
+    for _, header, curve_lines in _curves(results.points):
+        lines += ["", "| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+        lines += ["| " + " | ".join(line) + " |" for line in curve_lines]
     lines.append("")
     lines += [f"- {key}: {value}" for key, value in results.facts.items()]
     for bar in results.bars:
         said = "met" if bar.met else "**not met**"
         lines.append(
             f"- {said}: {bar.name}: {bar.measured.median:.3g}× ({bar.measured.low:.3g}–"
-            f"{bar.measured.high:.3g}), required {bar.required:g}×"
+            f"{bar.measured.high:.3g}), required {bar.required:.3g}×"
         )
     return "\n".join(lines) + "\n"

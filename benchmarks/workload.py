@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.measure import seconds
 from streamguard import Guard, Policy
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.demo_model import demo_model
@@ -29,6 +31,7 @@ from streamguard.verdict import VerdictCodes
 
 SEED = 20_240_607
 RULES = 5
+Pieces = tuple[list[list[bytes]], list[list[str]]]
 ORDINARY, NEAR_MISSES, SINGLE_WORDS = "ordinary", "near misses", "40 single words"
 #: Sentences without a planted literal for each one with it: one hit in about 300 tokens.
 _PLANTED_EVERY = 25
@@ -73,6 +76,9 @@ SYLLABLES = (
     "mel mor nar nel or pan per quor ral ren sal sel tan tor ul van vel wor yan zel zor"
 ).split()
 # fmt: on
+_ENDINGS = ("x", "zine", "tek", "dryl", "quat")
+#: As many literals of each kind stay the same for ever, so that records can be compared.
+_FIRST = 10_000
 
 
 def sentences(seed: int = SEED) -> Iterator[str]:
@@ -99,14 +105,30 @@ def sentences(seed: int = SEED) -> Iterator[str]:
         yield text[0].upper() + text[1:] + rng.choice((".", ".", ".", "!", "?")) + " "
 
 
-@lru_cache(maxsize=8)
 def literals(num_literals: int, kind: str = ORDINARY) -> tuple[str, ...]:
-    """The first of one fixed list of distinct names and phrases; of another after the tenth."""
+    """The first of one fixed list of distinct names and phrases; of another after the tenth.
+
+    A million take some ten seconds. Raises ValueError beyond what the words of NEAR_MISSES combine to.
+    """
+    if kind == NEAR_MISSES and num_literals > 100_000:
+        raise ValueError(f"{num_literals:,} near misses wanted; the words make 100,000 at most.")
+    known, more = _drawn(kind)
+    known.extend(islice(more, max(0, num_literals - len(known))))
+    return tuple(known[:num_literals])
+
+
+@lru_cache
+def _drawn(kind: str) -> tuple[list[str], Iterator[str]]:
+    """What has been drawn of a kind so far, and where more comes from."""
+    return [], _distinct_literals(kind)
+
+
+def _distinct_literals(kind: str) -> Iterator[str]:
     rng = random.Random(SEED + 1)
 
     def name() -> str:
         stem = "".join(rng.choice(SYLLABLES) for _ in range(rng.choice((2, 3, 3))))
-        return stem.capitalize() + rng.choice(("x", "zine", "tek", "dryl", "quat"))
+        return stem.capitalize() + rng.choice(_ENDINGS)
 
     def ordinary() -> str:
         choice = rng.randrange(8)
@@ -129,15 +151,30 @@ def literals(num_literals: int, kind: str = ORDINARY) -> tuple[str, ...]:
             first = f"{rng.choice(_VERBS)} the {first}"
         return f"{first} {rng.choice(_RARE)}"
 
-    found: dict[str, None] = {}
-    while len(found) < num_literals:
-        if len(found) >= 10 and kind == NEAR_MISSES:
-            found.setdefault(near_miss())
-        elif 10 <= len(found) < 50 and kind == SINGLE_WORDS:
-            found.setdefault(_RARE[len(found) - 10])
+    def one_of_a_million() -> str:
+        """Phrases of dictionary words run out: names, mostly with a word. Quicker draws, too."""
+        draw = rng.random
+        stem = "".join([SYLLABLES[int(draw() * len(SYLLABLES))] for _ in range(3)])
+        word = stem.capitalize() + _ENDINGS[int(draw() * len(_ENDINGS))]
+        return f"{word} {_RARE[int(draw() * len(_RARE))]}" if draw() < 0.75 else word
+
+    seen: set[str] = set()
+    while True:
+        if len(seen) >= 10 and kind == NEAR_MISSES:
+            literal = near_miss()
+        elif 10 <= len(seen) < 50 and kind == SINGLE_WORDS:
+            literal = _RARE[len(seen) - 10]
         else:
-            found.setdefault(ordinary())
-    return tuple(found)
+            literal = ordinary() if len(seen) < _FIRST else one_of_a_million()
+        if literal not in seen:
+            seen.add(literal)
+            yield literal
+
+
+def stretches(tokens: NDArray[np.int64], batch: int, num_steps: int) -> NDArray[np.int64]:
+    """int64[num_steps, batch]: each column a stretch of the tokens, from the start if they end."""
+    laid_out = np.resize(tokens, batch * num_steps).reshape(batch, num_steps)
+    return np.ascontiguousarray(laid_out.T)
 
 
 def rule_of(literal: int) -> int:
@@ -145,12 +182,12 @@ def rule_of(literal: int) -> int:
     return literal % RULES
 
 
-def policy_text(
-    num_literals: int, action: str, name: str, *, case: bool = False, kind: str = ORDINARY
-) -> str:
-    """A policy file: RULES rules share the literals out among them; clients may choose it by name."""
+def _policy_content(
+    num_literals: int, action: str, name: str, forms: Sequence[str], kind: str
+) -> dict[str, Any]:
+    """RULES rules share the literals out among them; clients may choose the policy by name."""
     chosen = literals(num_literals, kind)
-    content = {
+    return {
         "version": 1,
         "name": name,
         "client_selectable": True,
@@ -159,19 +196,37 @@ def policy_text(
                 "id": f"rule-{rule}",
                 "category": "custom",
                 "literals": list(chosen[rule::RULES]),
-                "normalize": ["case"] if case else [],
+                "normalize": list(forms),
                 "action": action,
             }
             for rule in range(RULES)
         ],
     }
+
+
+def policy_text(num_literals: int, action: str, name: str) -> str:
+    """A policy file with its literals in it."""
+    content = _policy_content(num_literals, action, name, (), ORDINARY)
     return json.dumps(content)  # YAML is a superset of JSON
 
 
-def policy(num_literals: int, action: str, *, case: bool = False, kind: str = ORDINARY) -> Policy:
-    """The same as an object, named bench."""
-    text = policy_text(num_literals, action, "bench", case=case, kind=kind)
-    return Policy.from_dict(json.loads(text))
+def policy_file(num_literals: int, action: str, folder: Path) -> Path:
+    """Write a policy file and a literals file for each of its rules into a folder."""
+    content = _policy_content(num_literals, action, "bench", (), ORDINARY)
+    for rule in content["rules"]:
+        listed = folder / f"{rule['id']}.txt"
+        listed.write_text("\n".join(rule.pop("literals")) + "\n")
+        rule["literals_file"] = listed.name
+    path = folder / "policy.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def policy(
+    num_literals: int, action: str, *, forms: Sequence[str] = (), kind: str = ORDINARY
+) -> Policy:
+    """The same as an object, named bench, also under normal forms or of another kind of list."""
+    return Policy.from_dict(_policy_content(num_literals, action, "bench", forms, kind))
 
 
 @dataclass(frozen=True)
@@ -198,16 +253,33 @@ class Workload:
 
     def stream(self, batch: int, num_steps: int) -> NDArray[np.int64]:
         """int64[num_steps, batch]: each column is a text of its own, a stretch of `tokens`."""
-        need = batch * num_steps
-        tokens = np.resize(self.tokens, need)
-        return np.ascontiguousarray(tokens.reshape(batch, num_steps).T)
+        return stretches(self.tokens, batch, num_steps)
+
+    def token_pieces(self, stream: NDArray[np.int64], *, lower: bool = False) -> Pieces:
+        """The bytes of each token of a stream, and the same as latin-1 text, for the peers.
+
+        lower  the text in lower case, for pyahocorasick, which cannot ignore case.
+        """
+        rows = [[self.vocabulary.token_bytes[t] for t in row] for row in stream.tolist()]
+        texts = [
+            [(piece.lower() if lower else piece).decode("latin-1") for piece in row] for row in rows
+        ]
+        return rows, texts
 
     def guard(
         self, num_literals: int, action: str, *, case: bool = False, kind: str = ORDINARY
     ) -> Guard:
         """The compiled policy over this vocabulary."""
-        chosen = policy(num_literals, action, case=case, kind=kind)
-        return Guard(chosen, self.vocabulary)
+        return self.timed_guard(num_literals, action, case=case, kind=kind)[0]
+
+    def timed_guard(
+        self, num_literals: int, action: str, *, case: bool = False, kind: str = ORDINARY
+    ) -> tuple[Guard, float]:
+        """The same, and the CPU seconds that compiling took."""
+        chosen = policy(num_literals, action, forms=("case",) if case else (), kind=kind)
+        guards: list[Guard] = []
+        spent = seconds(lambda: guards.append(Guard(chosen, self.vocabulary)))
+        return guards[0], spent
 
 
 @lru_cache(maxsize=1)

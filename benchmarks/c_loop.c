@@ -1,0 +1,98 @@
+/* The loop that `walk_kernel` of kernels/streamguard_kernels/advance.py is measured against: the same
+ * tables, the same shortcut, the same results, written in C by hand.
+ *
+ * Only for dense tracks, one a policy, without normal forms, and for tokens that begin and end between
+ * characters. The layout of the arrays is that of `Tables` and `Slots` there; bench_c_loop.py fills the
+ * struct, whose order is that of FIELDS.
+ */
+#include <stdint.h>
+
+struct loop {
+    const uint32_t *trans;       /* next row start | bit 31 = the move completes a match */
+    const uint8_t *class_of;     /* [256] */
+    const uint32_t *token_end;   /* [num_tokens] state behind the token, read from the root | bit 31 */
+    const uint8_t *token_class;  /* [num_tokens] class of the token's first byte */
+    const int32_t *token_offsets;
+    const uint8_t *token_data;
+    const int32_t *first_pattern, *next_pattern, *suffix_link, *best_rule; /* per state; per pattern */
+    const int32_t *pattern_rule, *rule_rank;
+    const int64_t *policy;       /* [num_slots] -1 = not guarded */
+    const uint8_t *plain;        /* [num_slots] only special tokens end the text */
+    const int64_t *pending;      /* [num_slots] unfinished character: none here */
+    int64_t *state;              /* [num_slots] */
+    int64_t *events;             /* [capacity, 2] (row, rule) */
+    int64_t *num_events;
+    int64_t root, num_classes, num_slots, num_tokens, capacity;
+};
+
+static int64_t record(const struct loop *l, int64_t state, int64_t best, int64_t row)
+{
+    int64_t index = (state - l->root) / l->num_classes;
+    int64_t rule = l->best_rule[index];
+    if (best < 0 || l->rule_rank[rule] < l->rule_rank[best])
+        best = rule;
+    do {
+        for (int32_t p = l->first_pattern[index]; p >= 0; p = l->next_pattern[p]) {
+            int64_t at = (*l->num_events)++;
+            if (at < l->capacity) {
+                l->events[2 * at] = row;
+                l->events[2 * at + 1] = l->pattern_rule[p];
+            }
+        }
+        index = l->suffix_link[index];
+    } while (index);
+    return best;
+}
+
+/* Returns the number of rows done; -1 if an id is out of range, -2 for a row that is beyond this loop. */
+int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, const int64_t *tokens,
+                int64_t *best)
+{
+    for (int64_t row = 0; row < num_rows; row++)
+        if (slots[row] < 0 || slots[row] >= l->num_slots || tokens[row] < 0
+            || tokens[row] >= l->num_tokens)
+            return -1;
+    *l->num_events = 0;
+    for (int64_t row = 0; row < num_rows; row++) {
+        int64_t slot = slots[row], token = tokens[row];
+        best[row] = 0;
+        if (l->policy[slot] < 0)
+            continue;
+        if (!l->plain[slot] || l->pending[slot])
+            return -2;
+        int64_t begin = l->token_offsets[token], end = l->token_offsets[token + 1];
+        uint32_t state = (uint32_t)l->state[slot], whole = l->token_end[token], hit = whole;
+        if (!(whole >> 31)) {
+            uint32_t root = (uint32_t)l->root, class = l->token_class[token];
+            uint32_t entry = l->trans[state + class], behind = l->trans[root + class];
+            if (state != root && entry != behind) {
+                uint32_t live = entry & 0x7fffffff;
+                hit = entry;
+                root = behind;
+                for (int64_t i = begin + 1; live != root && i < end; i++) {
+                    class = l->class_of[l->token_data[i]];
+                    entry = l->trans[live + class];
+                    hit |= entry;
+                    live = entry & 0x7fffffff;
+                    root = l->trans[root + class];
+                }
+                if (live != root)
+                    whole = live;
+            }
+        }
+        if (!(hit >> 31)) {
+            l->state[slot] = whole;
+            continue;
+        }
+        int64_t rule = -1;
+        for (int64_t i = begin; i < end; i++) {
+            uint32_t entry = l->trans[state + l->class_of[l->token_data[i]]];
+            state = entry & 0x7fffffff;
+            if (entry >> 31)
+                rule = record(l, state, rule, row);
+        }
+        l->state[slot] = state;
+        best[row] = rule + 1;
+    }
+    return num_rows;
+}
