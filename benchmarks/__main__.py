@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [advance] [lookahead] [engine]`: run, print one table, keep a record.
+"""`python -m benchmarks [--quick] [NAME…]`: run, print one table, keep a record.
 
 The record (benchmarks/results/latest.json, latest.md) is written by full runs only, unless --record.
 Exits with 1 if an engine reports other hits, masks or tokens than its peer; a missed bar is printed,
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import bench_advance, bench_engine, bench_lookahead, report
+from benchmarks import bench_advance, bench_engine, bench_lookahead, bench_text_stream, report
 
 Bench = Callable[[bool, Callable[[str], None]], report.Results]
 
@@ -27,6 +27,7 @@ def _benches(quick: bool) -> dict[str, tuple[Bench, int]]:
     return {
         "advance": (bench_advance.bench, len(bench_advance.cases())),
         "lookahead": (bench_lookahead.bench, len(bench_lookahead.cases())),
+        "text_stream": (bench_text_stream.bench, len(bench_text_stream.cases())),
         "engine": (bench_engine.bench, len(bench_engine.BATCHES) * turns),
     }
 
@@ -34,7 +35,9 @@ def _benches(quick: bool) -> dict[str, tuple[Bench, int]]:
 def main() -> int:
     """Run the benches named on the command line, all by default."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="advance, lookahead, engine")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="advance, lookahead, text_stream, engine"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument(
         "--record", action="store_true", help="keep the record of a partial run too"
