@@ -129,7 +129,11 @@ def serve(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        **{k: v for k, v in os.environ.items() if not k.startswith("STREAMGUARD_")},
+        **{
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("STREAMGUARD_") or k == "STREAMGUARD_CACHE"
+        },
     }
     if policy is not None:
         environment["STREAMGUARD_POLICY"] = str(policy)
