@@ -130,7 +130,7 @@ class Scanner:
         A byte that completes a withheld match is read alone: the call before stops in front of it.
         """
         steps = self._read(block, final)
-        return steps, self._rows() if self._call[COUNT] else None
+        return steps, (self._rows() if self._call[COUNT] else None)
 
     def closings(self) -> list[tuple[int, int]]:
         """What the last `watch` came by: (offset, start of the character before it) of places.

@@ -81,7 +81,7 @@ class TextStream:
     @property
     def num_held(self) -> int:
         """Characters (bytes of a bytes stream) that are withheld right now."""
-        return self._units(len(self._held))
+        return self._units(self._held)
 
     @overload
     def feed(self, piece: str) -> str: ...
@@ -92,8 +92,8 @@ class TextStream:
     def feed(self, piece: str | bytes) -> str | bytes:
         """Take in the next piece of the text; return what may be shown of all held until now.
 
-        Empty after a verdict. Cost: COSTS. Raises StreamError for a piece of the other type than
-        the first, and after `finish`.
+        Empty after a verdict. Cost: some 4 µs a call and some nanoseconds a byte and track. Raises
+        StreamError for a piece of the other type than the first, and after `finish`.
         """
         if self._finished:
             raise StreamError(
@@ -157,8 +157,10 @@ class TextStream:
         rule = self._program.rules[index].rule
         if rule.action != "mask":
             self._count(rows)
-            start = self._released_units + self._units(int(starts[best]) - self._released)
-            end = self._released_units + self._units(end - self._released)
+            start = self._released_units + self._units(
+                self._held[: int(starts[best]) - self._released]
+            )
+            end = self._released_units + self._units(self._held[: end - self._released])
             shown = self._release(self._settled(int(starts.min())))
             self._held.clear()
             self._verdict = TextVerdict(rule.id, rule.category, rule.action, start, end)
@@ -190,7 +192,7 @@ class TextStream:
         if not size:
             return b""
         shown = bytes(self._held[:size])
-        self._released_units += self._units(size)
+        self._released_units += self._units(shown)
         self._released = end
         del self._held[:size]
         if self._closings:
@@ -200,12 +202,11 @@ class TextStream:
     def _count(self, rows: np.ndarray) -> None:
         np.add.at(self._counts, rows[:, 2], 1)
 
-    def _units(self, num_bytes: int) -> int:
-        """What the first bytes of the held text count."""
-        if self._kind is not str:
-            return num_bytes
-        held = self._held[:num_bytes]
-        return num_bytes if held.isascii() else len(held.decode("utf-8", "surrogatepass"))
+    def _units(self, held: bytes | bytearray) -> int:
+        """What a stretch of the held text counts."""
+        if self._kind is not str or held.isascii():
+            return len(held)
+        return len(held.decode("utf-8", "surrogatepass"))
 
     def _text(self, shown: bytes) -> str | bytes:
         return shown if self._kind is bytes else shown.decode("utf-8", "surrogatepass")
