@@ -268,6 +268,9 @@ def _print_cost(console: Console, metrics: str) -> None:
 def main() -> None:
     """Run the demo; exit with 1 if the guard did not act, 2 if it could not be run."""
     console = Console(width=None if sys.stdout.isatty() else 100)
+    # A terminal that is closed, or `kill`, must not leave the servers running.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: sys.exit(1))
     try:
         failures = run(console)
     except StreamguardError as error:
