@@ -25,6 +25,7 @@ from benchmarks import (
     bench_growth,
     bench_lookahead,
     bench_packs,
+    bench_text_stream,
     bench_vocabularies,
     report,
 )
@@ -43,6 +44,7 @@ def _benches(quick: bool) -> dict[str, tuple[Bench, int]]:
         "lookahead": (bench_lookahead.bench, len(bench_lookahead.cases())),
         "vocabularies": (bench_vocabularies.bench, len(bench_vocabularies.cases())),
         "growth": (bench_growth.bench, len(bench_growth.cases(quick))),
+        "text-stream": (bench_text_stream.bench, len(bench_text_stream.cases())),
         "engine": (bench_engine.bench, len(bench_engine.BATCHES) * turns),
     }
 

@@ -129,7 +129,11 @@ def serve(
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        **{k: v for k, v in os.environ.items() if not k.startswith("STREAMGUARD_")},
+        **{
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith("STREAMGUARD_") or k == "STREAMGUARD_CACHE"
+        },
     }
     if policy is not None:
         environment["STREAMGUARD_POLICY"] = str(policy)
@@ -264,6 +268,9 @@ def _print_cost(console: Console, metrics: str) -> None:
 def main() -> None:
     """Run the demo; exit with 1 if the guard did not act, 2 if it could not be run."""
     console = Console(width=None if sys.stdout.isatty() else 100)
+    # A terminal that is closed, or `kill`, must not leave the servers running.
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, lambda *_: sys.exit(1))
     try:
         failures = run(console)
     except StreamguardError as error:

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from streamguard.compiler.program import Program
-from streamguard_kernels.hold import hold_start
-from streamguard_kernels.scan import most_matches_per_byte, scan_kernel
+from streamguard.compiler.rules import MASK, STOP
+from streamguard_kernels.advance import Tables, pack_tables
+from streamguard_kernels.packing import address
+from streamguard_kernels.scan import (
+    CALL_SIZE,
+    CLOSINGS,
+    COUNT,
+    FINAL,
+    HI,
+    HOLD,
+    LENGTH,
+    LO,
+    POSITION,
+    RESERVE,
+    WATCH,
+    Reading,
+    most_matches_per_byte,
+    pack_reading,
+    scan_kernel,
+)
 from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _BLOCK = 1 << 16
+#: Most bytes that `Scanner.watch` takes at a time.
+WATCHED = 1 << 12
 
 
 class Match(NamedTuple):
@@ -32,50 +52,54 @@ class Scanner:
 
     Matches come in the order in which they become certain: a match of a `boundary: word` rule is
     certain only with the next character. One per rule and end, with the earliest start.
+
+    watching  whether `watch` will be called, in place of `feed` and `rows`.
     """
 
-    def __init__(self, program: Program, policy: int | None = None) -> None:
-        t = program.tables
-        self._program = program
-        p = program.default_policy if policy is None else policy
-        self._tables = t
-        self._lo, self._hi = int(t.policy_tracks[p]), int(t.policy_tracks[p + 1])
-        num = self._hi - self._lo
-        longest = int(t.pattern_length.max()) + 1  # not max_depth: regexes have no place to keep
-        size = 1 << int(2 * longest + 64).bit_length()
-        # One array, so that a checkpoint is one copy.
-        self._place = np.zeros(5 * num + 2, np.int64)
-        self._states, self._positions, self._quiet, newest, self._pending = np.split(
-            self._place, [num, 2 * num, 3 * num, 5 * num]
+    def __init__(
+        self, program: Program, policy: int | None = None, *, watching: bool = False
+    ) -> None:
+        plan = _plan_of(program, program.default_policy if policy is None else policy)
+        num = len(plan.start)
+        place = np.zeros(5 * num + 2, np.int64)
+        states, positions, quiet, newest, pending = np.split(
+            place, [num, 2 * num, 3 * num, 5 * num]
         )
-        self._newest = newest.reshape(num, 2)
-        self._states[:] = t.track_start[self._lo : self._hi]
-        self._ring = np.zeros((num, size), np.int64)
-        most = 0
-        for track in range(self._lo, self._hi):
-            of_track = program.outputs_of_track(track)
-            most = max(
-                most,
-                most_matches_per_byte(
-                    t.first_pattern[of_track], t.next_pattern, t.suffix_link[of_track]
-                ),
-            )
-        # A byte can end two characters, of at most MAX_MAPPED_BYTES each, in every track.
-        self._reserve = max(1, most) * 2 * MAX_MAPPED_BYTES * num
-        self._found = np.empty((4096 + 2 * self._reserve, 4), np.int64)
-        self._position = 0
+        states[:] = plan.start
+        num_bytes = WATCHED if watching else _BLOCK
+        self._reading = Reading(
+            place, states, positions, quiet, newest, pending, place.copy(),
+            idle=np.full(num, -1, np.int64),
+            ring=np.zeros((num, plan.ring_size), np.int64),
+            buffer=np.empty(MAX_MAPPED_BYTES, np.uint8),
+            depths=program.hold_depths if watching else np.zeros(0, np.int32),
+            first=program.first_states,
+            withholds=plan.withholds,
+            data=np.empty(num_bytes, np.uint8),
+            found=np.empty((4096 + 2 * plan.reserve, 4), np.int64),
+            closings=np.empty((2 * num_bytes + 2 if watching else 0, 2), np.int64),
+        )  # fmt: skip
+        self._data = memoryview(self._reading.data)  # type: ignore[arg-type]
+        # Kept, because kernels have nothing but the addresses.
+        self._plan, self._packed = plan, pack_reading(self._reading)
+        self._arguments = np.zeros(CALL_SIZE, np.int64)
+        self._call = memoryview(self._arguments)  # type: ignore[arg-type]
+        self._call[0], self._call[1] = address(plan.packed_tables), address(self._packed)
+        self._call[LO], self._call[HI] = plan.lo, plan.lo + num
+        self._call[RESERVE], self._call[WATCH] = plan.reserve, int(watching)
+        #: Bytes read so far.
+        self.position = 0
         # A rule's literals and regexes may find one end at different bytes: up to a character apart.
         self._recent: list[tuple[int, int]] = []
-        self._has_regexes = bool(t.track_regex[self._lo : self._hi].any())
-
-    @cached_property
-    def _hold_depths(self) -> np.ndarray:
-        return self._program.hold_depths
 
     @property
-    def position(self) -> int:
-        """Bytes read so far."""
-        return self._position
+    def hold_start(self) -> int:
+        """Offset before which nothing can be part of a match of a withholding rule any more.
+
+        Everything behind it can: of a match that has begun, or of an unfinished character. As it was
+        after the last `watch`.
+        """
+        return self._call[HOLD]
 
     def feed(self, chunk: bytes) -> Iterator[Match]:
         """Matches that the chunk makes certain."""
@@ -93,27 +117,56 @@ class Scanner:
 
         known at = offset of the byte that made it certain (the stream's length for its end).
         """
-        data = np.frombuffer(bytearray(block), np.uint8)
-        left = len(data) + final
-        while left:
-            consumed, count = scan_kernel(
-                self._tables, self._lo, self._hi, data, self._position, self._states,
-                self._positions, self._ring, self._newest, self._pending, self._found, int(final),
-                self._reserve,
-            )  # fmt: skip
-            data = data[consumed:]
-            # The end is a step of its own, but no byte.
-            self._position += consumed - (final and consumed == left)
-            left -= consumed
-            if not count:
-                continue
-            found = self._found[:count]
-            # The earliest start of each end and rule comes first.
-            found = found[np.lexsort((found[:, 3], found[:, 2], found[:, 1], found[:, 0]))]
-            first = np.ones(count, bool)
-            first[1:] = (found[1:, 1:3] != found[:-1, 1:3]).any(axis=1)
-            found = found[first]
-            yield self._unseen(found) if self._has_regexes else found
+        done = 0
+        while done < len(block) + final:
+            steps = self._read(block[done:] if done else block, final)
+            done += steps
+            if self._call[COUNT]:
+                yield self._rows()
+
+    def watch(self, block: bytes | bytearray, *, final: bool) -> tuple[int, np.ndarray | None]:
+        """Read up to the next withheld match; return (steps taken, rows as above or None).
+
+        block  at most WATCHED bytes, maybe none. Every byte is a step, and so is the end.
+        A byte that completes a withheld match is read alone: the call before stops in front of it.
+        """
+        steps = self._read(block, final)
+        return steps, (self._rows() if self._call[COUNT] else None)
+
+    def closings(self) -> list[tuple[int, int]]:
+        """What the last `watch` came by: (offset, start of the character before it) of places.
+
+        If the text ended there it would show a match of a withholding rule.
+        """
+        count = self._call[CLOSINGS]
+        if not count:
+            return []
+        return [(at, before) for at, before in self._reading.closings[:count].tolist()]
+
+    def restart(self, position: int) -> None:
+        """Go on at `position` as at the start of a text; what was read before is forgotten."""
+        self._reading.states[:] = self._plan.start
+        self._reading.pending[:] = 0
+        self._reading.quiet[:] = position
+        self._recent.clear()
+        self.position = position
+
+    def _read(self, block: bytes | bytearray, final: bool) -> int:
+        call, size = self._call, len(block)
+        self._data[:size] = block
+        call[POSITION], call[LENGTH], call[FINAL] = self.position, size, final
+        steps: int = scan_kernel(self._arguments)
+        self.position += min(steps, size)
+        return steps
+
+    def _rows(self) -> np.ndarray:
+        found = self._reading.found[: self._call[COUNT]]
+        # The earliest start of each end and rule comes first.
+        found = found[np.lexsort((found[:, 3], found[:, 2], found[:, 1], found[:, 0]))]
+        first = np.ones(len(found), bool)
+        first[1:] = (found[1:, 1:3] != found[:-1, 1:3]).any(axis=1)
+        found = found[first]
+        return self._unseen(found) if self._plan.has_regexes else found
 
     def _unseen(self, found: np.ndarray) -> np.ndarray:
         """Leave out what a rule's literals or regexes found at an earlier byte."""
@@ -125,48 +178,56 @@ class Scanner:
                 self._recent.append((row[1], row[2]))
         return found[new]
 
-    def restart(self, position: int) -> None:
-        """Go on at `position` as at the start of a text; what was read before is forgotten."""
-        self._states[:] = self._tables.track_start[self._lo : self._hi]
-        self._pending[:] = 0
-        self._quiet[:] = position
-        self._recent.clear()
-        self._position = position
 
-    def save(self) -> Checkpoint:
-        """Where the reading stands, to come back to it with `load`."""
-        return Checkpoint(self._place.copy(), self._position, tuple(self._recent))
+@dataclass(frozen=True)
+class _Plan:
+    """What all readings of one policy share.
 
-    def load(self, saved: Checkpoint) -> None:
-        """Come back to a checkpoint of this or another scanner of the same policy.
+    lo         its first track; start: int64[num_tracks], their states at the start of a text.
+    reserve    rows of matches that one byte can need.
+    withholds  uint8[num_rules], as in `Reading`.
+    """
 
-        Starts of matches and of the hold are right only for what is read from then on.
-        """
-        self._place[:] = saved.place
-        self._position = saved.position
-        self._recent = list(saved.recent)
+    tables: Tables
+    packed_tables: np.ndarray
+    lo: int
+    start: np.ndarray
+    ring_size: int
+    reserve: int
+    withholds: np.ndarray
+    has_regexes: bool
 
-    def hold_start(self) -> int:
-        """Offset before which nothing can be part of a match of a withholding rule any more.
 
-        Everything behind it can: of a match that has begun, or of an unfinished character.
-        """
-        t = self._tables
-        end = int(self._pending[1]) if self._pending[0] else self._position
-        return int(
-            hold_start(
-                self._hold_depths, t.track_base, t.track_classes, self._program.first_states, t.track_twin,
-                self._lo, self._states, self._positions, self._ring, self._quiet, end,
-            )
+def _plan_of(program: Program, policy: int) -> _Plan:
+    """Made once for a program, and kept with it: it takes longer than all else of a new stream."""
+    plans = program.scan_plans
+    if policy not in plans:
+        t = program.tables
+        lo, hi = int(t.policy_tracks[policy]), int(t.policy_tracks[policy + 1])
+        longest = int(t.pattern_length.max()) + 1  # not max_depth: regexes have no place to keep
+        # A byte can end two characters, of at most MAX_MAPPED_BYTES each, in every track.
+        most = max(1, _most_matches(program, lo, hi)) * 2 * MAX_MAPPED_BYTES * (hi - lo)
+        withholds = np.array([r.group in (MASK, STOP) for r in program.rules], np.uint8)
+        plans[policy] = _Plan(
+            t, pack_tables(t), lo, t.track_start[lo:hi],
+            1 << int(2 * longest + 64).bit_length(), most, withholds,
+            bool(t.track_regex[lo:hi].any()),
         )  # fmt: skip
+    return plans[policy]
 
 
-class Checkpoint(NamedTuple):
-    """Where a `Scanner` stands. place: its states, positions and pending as in `scan_kernel`."""
-
-    place: np.ndarray
-    position: int
-    recent: tuple[tuple[int, int], ...]
+def _most_matches(program: Program, lo: int, hi: int) -> int:
+    t = program.tables
+    most = 0
+    for track in range(lo, hi):
+        if t.track_twin[track]:
+            continue
+        mine = program.outputs_of_track(track)
+        most = max(
+            most,
+            most_matches_per_byte(t.first_pattern[mine], t.next_pattern, t.suffix_link[mine]),
+        )
+    return most
 
 
 def _matches(rows: np.ndarray) -> Iterator[Match]:

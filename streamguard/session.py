@@ -375,7 +375,11 @@ class Session:
         return self._finish(call, slots, tokens, done)  # type: ignore[arg-type]
 
     def _finish(
-        self, call: NDArray[np.int64], slots: NDArray[np.int64], tokens: NDArray[np.int64], done: int
+        self,
+        call: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        done: int,
     ) -> NDArray[np.int64]:
         """Complete a walk that met something: hits, a lack of room, or ids out of range."""
         num_rows = len(tokens)

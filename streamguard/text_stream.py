@@ -14,14 +14,11 @@ import numpy as np
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
 from streamguard.errors import StreamError
-from streamguard.policy_regexes import needs_next_character
-from streamguard.scanner import Scanner
+from streamguard.scanner import WATCHED, Scanner
 
 #: Stands where a mask rule's match was cut out. No pattern can hold it (`policy_schema.text_fault`)
 #: and it is no word character: what stands on its two sides never joins to a match.
 MARK = "\ufffd"
-#: After a cut the rest of its block is read again, so that blocks must not be long.
-_BLOCK = 4096
 
 
 class TextVerdict(NamedTuple):
@@ -55,22 +52,12 @@ class TextStream:
 
     def __init__(self, program: Program, policy: int) -> None:
         self._program = program
-        self._scanner = Scanner(program, policy)
+        self._scanner = Scanner(program, policy, watching=True)
         self._withholds = np.array([r.group in (MASK, STOP) for r in program.rules], bool)
         self._ranks = np.array([r.rank for r in program.rules], np.int64)
-        name = program.policies[policy]
-        # Only a match that is certain one character late can be shown by what ends right behind it.
-        self._late = any(
-            r.policy == name and r.group in (MASK, STOP) and needs_next_character(r.rule)
-            for r in program.rules
-        )
-        # Where a regex's match begins is known only by what was held before each byte.
-        regexes = any(
-            r.policy == name and r.group in (MASK, STOP) and r.rule.regexes for r in program.rules
-        )
-        self._block = 1 if regexes else _BLOCK
-        self._behind = Scanner(program, policy) if self._late else None
         self._counts = np.zeros(len(program.rules), np.int64)
+        # Places in the held text where it must not end, and where the character before each begins.
+        self._closings: dict[int, int] = {}
         self._held = bytearray()
         self._released = 0  # offset in bytes of the first one held
         self._released_units = 0  # the same in characters if the text is a str
@@ -94,7 +81,7 @@ class TextStream:
     @property
     def num_held(self) -> int:
         """Characters (bytes of a bytes stream) that are withheld right now."""
-        return self._units(len(self._held))
+        return self._units(self._held)
 
     @overload
     def feed(self, piece: str) -> str: ...
@@ -105,9 +92,8 @@ class TextStream:
     def feed(self, piece: str | bytes) -> str | bytes:
         """Take in the next piece of the text; return what may be shown of all held until now.
 
-        Empty after a verdict. Cost: some 30 µs a call and some nanoseconds a byte; with regexes
-        some 30 µs a byte. Raises StreamError for a piece of the other type than the first, and
-        after `finish`.
+        Empty after a verdict. Cost: some 4 µs a call and some nanoseconds a byte and track. Raises
+        StreamError for a piece of the other type than the first, and after `finish`.
         """
         if self._finished:
             raise StreamError(
@@ -138,16 +124,18 @@ class TextStream:
 
     def _advance(self, *, final: bool) -> bytes:
         shown = b""
-        scanner = self._scanner
+        scanner, held = self._scanner, self._held
         while True:
             at = scanner.position - self._released
-            block = bytes(self._held[at : at + self._block])
-            last = final and at + len(block) == len(self._held)
+            block = held[at : at + WATCHED]
+            last = final and at + len(block) == len(held)
             if not block and not last:
                 return shown
-            parts = list(scanner.rows(block, final=last))
-            if parts:
-                rows = np.concatenate(parts)
+            steps, rows = scanner.watch(block, final=last)
+            if closings := scanner.closings():
+                self._closings.update(closings)
+            ended = steps > len(block)
+            if rows is not None:
                 decided = self._withholds[rows[:, 2]]
                 if decided.any():
                     shown += self._decide(rows, decided)
@@ -155,17 +143,12 @@ class TextStream:
                         return shown
                     continue
                 self._count(rows)
-            shown += self._release(
-                scanner.position if last else self._settled(scanner.hold_start())
-            )
-            if last:
+            shown += self._release(scanner.position if ended else self._settled(scanner.hold_start))
+            if ended:
                 return shown
 
     def _decide(self, rows: np.ndarray, decided: np.ndarray) -> bytes:
-        """Act on the first character that makes matches of withholding rules certain."""
-        known = rows[np.argmax(decided), 0]
-        decided &= rows[:, 0] == known
-        rows, decided = rows[rows[:, 0] <= known], decided[rows[:, 0] <= known]
+        """Act on what one character makes certain: matches, of withholding rules where `decided`."""
         matches = rows[decided]
         # A track that does not know where its match starts has had all of it held.
         starts = np.maximum(matches[:, 3], self._released)
@@ -174,8 +157,10 @@ class TextStream:
         rule = self._program.rules[index].rule
         if rule.action != "mask":
             self._count(rows)
-            start = self._released_units + self._units(int(starts[best]) - self._released)
-            end = self._released_units + self._units(end - self._released)
+            start = self._released_units + self._units(
+                self._held[: int(starts[best]) - self._released]
+            )
+            end = self._released_units + self._units(self._held[: end - self._released])
             shown = self._release(self._settled(int(starts.min())))
             self._held.clear()
             self._verdict = TextVerdict(rule.id, rule.category, rule.action, start, end)
@@ -186,65 +171,42 @@ class TextStream:
             end = further
         self._count(rows[rows[:, 3] < end])
         shown = self._release(self._settled(int(starts[starts < end].min())))
-        self._drop(end)
+        self._release(end)
+        self._scanner.restart(end)
+        self._closings.clear()
         return shown + MARK.encode()
 
     def _settled(self, end: int) -> int:
         """The last place up to `end` at which the text may stop without showing a match.
 
         A word that goes on may be shown; if nothing but its first half is, it must not read as the
-        word that is forbidden. Concerns `boundary: word` rules alone.
+        word that is forbidden. Concerns rules that look at the next character alone.
         """
-        if self._behind is None or end == self._scanner.position:
-            return end  # where nothing has begun, nothing can be complete but for its boundary
-        place = self._behind.save()
-        while end > self._released:
-            begun = bytes(self._held[: end - self._released])
-            rows = [*self._behind.rows(begun, final=True)]
-            self._behind.load(place)
-            if not any((self._withholds[r[:, 2]] & (r[:, 1] == end)).any() for r in rows):
-                break
-            end -= _last_character(begun)
+        while end > self._released and end in self._closings:
+            end = self._closings[end]
         return end
 
     def _release(self, end: int) -> bytes:
-        shown = bytes(self._held[: end - self._released])
-        if self._behind is not None and shown:
-            if end == self._scanner.position:
-                self._behind.load(self._scanner.save())
-            else:
-                for _ in self._behind.rows(shown, final=False):
-                    pass
-        self._forget(end)
-        return shown
-
-    def _drop(self, end: int) -> None:
-        self._forget(end)
-        self._scanner.restart(end)
-        if self._behind is not None:
-            self._behind.restart(end)
-
-    def _forget(self, end: int) -> None:
+        """Take the text up to `end` out of what is held."""
         size = end - self._released
-        self._released_units += self._units(size)
+        if not size:
+            return b""
+        shown = bytes(self._held[:size])
+        self._released_units += self._units(shown)
         self._released = end
         del self._held[:size]
+        if self._closings:
+            self._closings = {at: before for at, before in self._closings.items() if at > end}
+        return shown
 
     def _count(self, rows: np.ndarray) -> None:
         np.add.at(self._counts, rows[:, 2], 1)
 
-    def _units(self, num_bytes: int) -> int:
-        if self._kind is not str:
-            return num_bytes
-        return len(self._held[:num_bytes].decode("utf-8", "surrogatepass"))
+    def _units(self, held: bytes | bytearray) -> int:
+        """What a stretch of the held text counts."""
+        if self._kind is not str or held.isascii():
+            return len(held)
+        return len(held.decode("utf-8", "surrogatepass"))
 
     def _text(self, shown: bytes) -> str | bytes:
         return shown if self._kind is bytes else shown.decode("utf-8", "surrogatepass")
-
-
-def _last_character(text: bytes) -> int:
-    """Bytes of the last character of a text that ends in a whole one."""
-    size = 1
-    while text[-size] & 0xC0 == 0x80:
-        size += 1
-    return size

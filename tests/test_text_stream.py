@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guard_cases import ODD, decode, matches, policy, program, random_rules, random_text, rule
+from guard_cases import (
+    ODD,
+    decode,
+    matches,
+    policy,
+    program,
+    random_regex_rules,
+    random_rules,
+    random_text,
+    rule,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -261,6 +271,35 @@ def test_regexes_hold_what_they_need_and_pieces_change_nothing(seed: int) -> Non
         text = "".join(rng.choices([*parts, *LITERALS], k=8))
         num_cut += shows_no_match(rng, compiled, text)
     assert num_cut
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_pieces_of_every_size_show_what_single_bytes_show(broken: bool, seed: int) -> None:
+    rng = random.Random(f"{seed} {broken}")
+    more = (r".\B", r"[^a]{2}\b", r"\b\w+@?\b", r"(?:bo)+c?", "x{2,}")
+    for _ in range(25):
+        rules = random_regex_rules(rng, (*REGEXES, *more), rng.randint(1, 2))
+        rules += random_rules(rng, LITERALS, rng.randint(0, 2))
+        compiled = program(policy(*rules))
+        text = random_data(rng, 12, broken=broken) + b" bob@example.com 1234-5678 boom k k xx"
+        data: Any = text if broken else text.decode()
+        single, shown = TextStream(compiled, 0), [(data[:0], 0)]
+        for at in range(len(data)):
+            shown.append((shown[-1][0] + single.feed(data[at : at + 1]), single.num_held))
+        end = single.finish()
+        for size in (2, 3, 5, 8, 13, len(data)):
+            stream, so_far = TextStream(compiled, 0), data[:0]
+            for at in range(0, len(data), size):
+                so_far += stream.feed(data[at : at + size])
+                assert (so_far, stream.num_held) == shown[min(at + size, len(data))], (rules, data)
+            assert (stream.finish(), stream.verdict) == (end, single.verdict), (rules, data)
+            assert stream.counts == single.counts, (rules, data)
+
+
+def test_what_is_behind_a_broken_character_alone_is_held() -> None:
+    # One byte ends the broken character and begins the match.
+    stream = TextStream(program(policy(rule("halt", regexes=["bo+m"]))), 0)
+    assert (stream.feed(b"\xe4b"), stream.num_held) == (b"\xe4", 1)
 
 
 def test_a_regex_cuts_out_its_match_and_no_more() -> None:

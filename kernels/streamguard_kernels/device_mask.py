@@ -7,8 +7,8 @@ row goes is decided on the device, by programs that return at once where the oth
 SUFFICE     what ranges name is masked as it is.
 CANDIDATES  what ranges name, and what ends the text, is walked: a more severe rule may share a state,
             and the text's end may complete a word.
-EVERY       all tokens are walked: regexes, an unfinished character, visible special tokens, the
-            last token before the length limit.
+EVERY       all tokens are walked: regexes, word lists in packed tables, an unfinished character,
+            visible special tokens, the last token before the length limit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from streamguard_kernels.device_tables import (
     DeviceTables,
     Slots,
 )
-from streamguard_kernels.device_walk import BEST, LAST, end_bits, lanes_of, state_index, walk
+from streamguard_kernels.device_walk import BEST, LAST, end_bits, lanes_of, state_number, walk
 
 #: Programs that share a row's ranges.
 _PARTS = 4
@@ -168,7 +168,7 @@ def _ranges_kernel(
         now = now.to(tl.int32)
         fields = t.tracks + tl.minimum(track, high - 1) * TRACK_FIELDS
         twin = tl.load(fields + 6)
-        index = state_index(now, tl.load(fields), tl.load(fields + 1))
+        index = state_number(now, tl.load(fields), tl.load(fields + 1), tl.load(fields + 11))
         index = tl.where(ending, 0, index)
         going = ending | (twin == 0) | (now != before)
         while going:

@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 
 from streamguard_kernels import advance, lookahead
+from streamguard_kernels.utf8 import BEFORE_NONWORD, SEPARATOR_BYTE
 
 # Groups of rules, the bits of `Tables.groups`.
 MASK = tl.constexpr(1)
@@ -27,7 +28,7 @@ STOP_SPARE = tl.constexpr(0)
 MARKER_SPARE = tl.constexpr(1)
 #: best_rank of a state in which no rule completes.
 NO_RANK = tl.constexpr(0x7FFFFFFF)
-TRACK_FIELDS = tl.constexpr(12)
+TRACK_FIELDS = tl.constexpr(18)
 #: How the tokens to mask in a row are found; see `device_mask`.
 NOTHING, EVERY, SUFFICE, CANDIDATES = (tl.constexpr(way) for way in (-1, 0, 1, 2))
 
@@ -35,15 +36,18 @@ NOTHING, EVERY, SUFFICE, CANDIDATES = (tl.constexpr(way) for way in (-1, 0, 1, 2
 class DeviceTables(NamedTuple):
     """`advance.Tables` on a device, with what a verdict needs; frozen. Made by `to_device`.
 
-    trans            int32[num_entries]: as in `Tables`, bit 31 is the sign
+    trans, cold      int32[num_entries], int32[num_cold * 3]: as in `Tables`, bit 31 is the sign
     class_of         uint8[num_tracks, 256]
-    tracks           int32[num_tracks, 12]: base, classes, first state, mapping, form, wrap, twin;
-                     where it begins in own_offsets and in link; first, last + 1 in whole; -
+    tracks           int32[num_tracks, 18]: base, classes, places, mapping, form, wrap, twin; where it
+                     begins in own_offsets and in link; first, last + 1 in whole; limit, cold, number
+                     of cold states, first, last + 1 in accepts, class of separators or -1, class of
+                     the mark behind a word
+    accepts          int32[num_accepts]
     policy_tracks    int32[num_policies + 1]
     policy_rule      int32[num_policies]: the policy's first rule
     mask_rule        int32[num_policies]: its most severe mask rule, -1 = it has none
-    best_rank        int32[num_states]: rank of the most severe rule that completes, NO_RANK = none
-    first_pattern, suffix_link int32[num_states]; next_pattern, pattern_rule int32[num_patterns]
+    best_rank        int32[num_places]: rank of the most severe rule that completes, NO_RANK = none
+    first_pattern, suffix_link int32[num_places]; next_pattern, pattern_rule int32[num_patterns]
     rule_of_rank     int32[num_rules]; rank_group uint8[num_rules]: both by rank
     token_offsets    int32[num_mappings, num_tokens + 1]; token_data uint8[num_bytes]
     token_pending    int32[num_tokens]; token_special uint8[num_tokens]
@@ -64,8 +68,10 @@ class DeviceTables(NamedTuple):
     """
 
     trans: torch.Tensor
+    cold: torch.Tensor
     class_of: torch.Tensor
     tracks: torch.Tensor
+    accepts: torch.Tensor
     policy_tracks: torch.Tensor
     policy_rule: torch.Tensor
     mask_rule: torch.Tensor
@@ -234,11 +240,20 @@ def to_device(
     tracks = np.zeros((len(mapping), TRACK_FIELDS.value), np.int32)
     for i, column in enumerate(
         (
-            tables.track_base, tables.track_classes, tables.track_states, mapping,
+            tables.track_base, tables.track_classes, tables.track_places, mapping,
             tables.mapping_form[mapping], tables.mapping_wrap[mapping], tables.track_twin,
         )
     ):  # fmt: skip
         tracks[:, i] = column
+    separates = tables.mapping_shrinks[mapping] & 1 == 1
+    for i, column in enumerate(
+        (
+            tables.track_limit, tables.track_cold, tables.track_num_cold, *tables.track_accepts.T,
+            np.where(separates, tables.class_of[:, SEPARATOR_BYTE].astype(np.int32), -1),
+            tables.class_of[:, BEFORE_NONWORD],
+        )
+    ):  # fmt: skip
+        tracks[:, 11 + i] = column
     masking = np.zeros(num_policies, np.int32)
     if ranges is not None:
         tracks[:, 7], tracks[:, 8] = ranges.own_base, ranges.state_base
@@ -255,8 +270,10 @@ def to_device(
 
     return DeviceTables(
         trans=put(tables.trans.view(np.int32)),
+        cold=put(np.append(tables.cold, np.uint32(0)).view(np.int32)),
         class_of=put(tables.class_of, np.uint8),
         tracks=put(tracks),
+        accepts=put(np.append(tables.accepts, 0)),
         policy_tracks=put(tables.policy_tracks),
         policy_rule=put(np.searchsorted(policy, np.arange(num_policies))),
         mask_rule=put(mask_rule),
@@ -296,7 +313,11 @@ def _masking(tables: advance.Tables, stops: np.ndarray) -> list[int]:
     for p, (low, high) in enumerate(pairwise(tables.policy_tracks)):
         wraps = tables.mapping_wrap[tables.track_mapping[low:high]].any()
         way = CANDIDATES if stops[p] or wraps else SUFFICE
-        found.append((EVERY if tables.track_regex[low:high].any() else way).value)
+        # Of the quiet copies that a packed track has behind a prompt there are no ranges.
+        every = tables.track_regex[low:high].any() or (
+            wraps and tables.track_num_cold[low:high].any()
+        )
+        found.append((EVERY if every else way).value)
     return found
 
 

@@ -71,21 +71,81 @@ def lanes_of(t, track):
         tl.load(fields + 3),
         tl.load(fields + 4),
         tl.load(fields + 5),
+        tl.load(fields + 11),
+        fields,
     )
 
 
 @triton.jit
-def state_index(state, base, classes):
-    """A state's place in the per-state arrays of its track; see `advance.state_index`."""
-    return (state - base) // classes
+def state_number(state, base, classes, limit):
+    """The number of a state, counted from the root by depth; see `advance.state_number`."""
+    cold = (limit - base) // classes + state - limit
+    return tl.where(state < limit, (state - base) // classes, cold)
+
+
+@triton.jit
+def _output_place(t, lane, state, hit):
+    """Where the outputs of accept states stand; see `advance.output_place`."""
+    number = state_number(state, lane[1], lane[2], lane[7])
+    packed = hit & (tl.load(lane[8] + 13) != 0)
+    if _any(packed):
+        begin = tl.load(lane[8] + 14)
+        low = begin
+        high = tl.where(packed, tl.load(lane[8] + 15), begin)
+        while tl.max(high - low, axis=0) > 0:
+            middle = (low + high) // 2
+            before = tl.load(t.accepts + middle, mask=low < high, other=0) < number
+            high = tl.where((low < high) & (before == 0), middle, high)
+            low = tl.where((low < high) & before, middle + 1, low)
+        number = tl.where(packed, low - begin + 1, number)
+    return number
+
+
+@triton.jit
+def _move_cold(t, lane, state, kind, cold):
+    """Entries of the lanes whose states have no row; see `advance.move`."""
+    base, classes, limit, fields = lane[1], lane[2], lane[7], lane[8]
+    first, num_cold = tl.load(fields + 12), tl.load(fields + 13)
+    separator = tl.load(fields + 16)
+    number = state - limit - num_cold
+    quiet = cold & (number >= 0)
+    num_hot = (limit - base) // classes
+    heard = tl.where(number < num_hot, base + number * classes, limit + number - num_hot)
+    state = tl.where(quiet, heard, state)
+    entry = tl.zeros(state.shape, tl.int32)
+    searching = cold & (state >= limit)
+    hot = cold & (state < limit)
+    while _any(searching):
+        record = t.cold + (first + state - limit) * 3
+        shape = tl.load(record + 2, mask=searching, other=0)
+        stays = searching & (kind == separator) & ((shape & 0xFF) == separator)
+        child = tl.load(record, mask=searching, other=0) & _STATE_MASK
+        count = shape >> 16
+        found = searching & (stays == 0) & (count > 0) & (((shape >> 8) & 0xFF) == kind)
+        others = searching & (stays == 0) & (found == 0) & (count > 1)
+        while _any(others):
+            child = tl.where(others, child + 1, child)
+            count = tl.where(others, count - 1, count)
+            label = tl.load(t.cold + (first + child) * 3 + 2, mask=others, other=0) & 0xFF
+            found = found | (others & (label == kind))
+            others = others & (label != kind) & (count > 1)
+        hit = tl.load(t.cold + (first + child) * 3, mask=found, other=0) & ~_STATE_MASK
+        entry = tl.where(stays, state, tl.where(found, (limit + child) | hit, entry))
+        fails = searching & (stays == 0) & (found == 0)
+        state = tl.where(fails, tl.load(record + 1, mask=searching, other=0), state)
+        searching = fails & (state >= limit)
+        hot = hot | (fails & (state < limit))
+    entry = tl.where(hot, tl.load(t.trans + state + kind, mask=hot, other=0), entry)
+    silent = quiet & ((kind == separator) | (kind == tl.load(fields + 17)))
+    return tl.where(silent, entry & _STATE_MASK, entry)
 
 
 @triton.jit
 def _completed(t, lane, index, hit, seen, window):
     """Gather the rules in the output chains of accept states: bit n is rule window + n."""
-    first_state = lane[3]
+    places = lane[3]
     while _any(hit):
-        pattern = tl.load(t.first_pattern + first_state + index, mask=hit, other=-1)
+        pattern = tl.load(t.first_pattern + places + index, mask=hit, other=-1)
         listed = hit & (pattern >= 0)
         while _any(listed):
             rule = tl.load(t.pattern_rule + pattern, mask=listed, other=0)
@@ -94,7 +154,7 @@ def _completed(t, lane, index, hit, seen, window):
             seen |= tl.where(listed & (place >= 0), bit, 0)
             pattern = tl.load(t.next_pattern + pattern, mask=listed, other=-1)
             listed = listed & (pattern >= 0)
-        index = tl.load(t.suffix_link + first_state + index, mask=hit, other=0)
+        index = tl.load(t.suffix_link + places + index, mask=hit, other=0)
         hit = hit & (index != 0)
     return seen
 
@@ -103,11 +163,14 @@ def _completed(t, lane, index, hit, seen, window):
 def _move(t, lane, state, byte, live, best, seen, window, RECORD: tl.constexpr):
     """Move the live lanes by one byte each."""
     kind = tl.load(t.class_of + lane[0] * 256 + byte, mask=live, other=0).to(tl.int32)
-    entry = tl.load(t.trans + state + kind, mask=live, other=0)
+    cold = live & (state >= lane[7])
+    entry = tl.load(t.trans + state + kind, mask=live & (cold == 0), other=0)
+    if _any(cold):
+        entry = tl.where(cold, _move_cold(t, lane, state, kind, cold), entry)
     state = tl.where(live, entry & _STATE_MASK, state)
     if RECORD != STATES:
         hit = live & (entry < 0)
-        index = state_index(state, lane[1], lane[2])
+        index = _output_place(t, lane, state, hit)
         rank = tl.load(t.best_rank + lane[3] + index, mask=hit, other=NO_RANK)
         best = tl.minimum(best, rank)
         if RECORD == ALL:

@@ -79,28 +79,3 @@ def hold_depths(packed, track, withholds, depths):
             depths[state] = max(depths[state] - lead, 0)
         else:
             depths[state] = depths[failure[state]]
-
-
-@compiled
-def hold_start(depths, base, classes, first, twin, lo, states, positions, ring, quiet, end):
-    """Raw offset before which nothing can be part of a match any more.
-
-    depths     int32[num_states] of all tracks; UNKNOWN = hold since the track was last quiet.
-    base, classes, first, twin   `Tables.track_base`, `track_classes`, `track_states`, `track_twin`.
-    states, positions, ring      of `scan_kernel`, for the tracks from lo on.
-    quiet      int64[num_tracks of the policy], in/out: raw offset at which the track last held nothing.
-    end        raw offset up to which text was read.
-    """
-    earliest = end
-    for k in range(states.shape[0]):
-        track = lo + k
-        if twin[track]:
-            continue
-        depth = np.int64(depths[first[track] + (states[k] - base[track]) // classes[track]])
-        if depth == 0:
-            quiet[k] = end
-        elif depth == UNKNOWN:
-            earliest = min(earliest, quiet[k])
-        else:
-            earliest = min(earliest, ring[k, (positions[k] - depth) & (ring.shape[1] - 1)])
-    return earliest

@@ -35,7 +35,7 @@ def pack(arrays: Sequence[np.ndarray], kinds: str) -> np.ndarray:
                 f"array {i} is {array.dtype}, contiguous: {array.flags.c_contiguous}; it must be "
                 f"{np.dtype(_KINDS[kind])} and C-contiguous."
             )
-        packed[i] = array.ctypes.data, array.size
+        packed[i] = array.__array_interface__["data"][0], array.size
     return packed
 
 

@@ -66,9 +66,12 @@ def command(
     from streamguard.policy_advice import advice
 
     policies = read_policies(policy, lenient)
-    warnings = policies.warnings + [
-        f"{found.source}: {line}" for found in policies.policies.values() for line in advice(found)
-    ]
+    with spinner("looking for rules that contradict each other"):
+        warnings = policies.warnings + [
+            f"{found.source}: {line}"
+            for found in policies.policies.values()
+            for line in advice(found)
+        ]
     compiled = _compile(policies, tokenizer) if tokenizer is not None else None
     explained = None
     if explain or text:

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from streamguard.commands.terminal import PATIENCE_S, InputError, Lenient, load_policies
+from streamguard.commands.terminal import (
+    PATIENCE_S,
+    InputError,
+    Lenient,
+    load_policies,
+    spinner,
+)
 
 if TYPE_CHECKING:
     from streamguard.compiler.program import Program
@@ -69,10 +75,11 @@ def command(
         )
     names = files or [STDIN]
     sizes = [_checked_size(file) for file in names]
-    from streamguard.compiler.program import compile_program
-    from streamguard.scanner import Scanner
+    with spinner("compiling the policy (the first time on a machine takes longer)"):
+        from streamguard.compiler.program import compile_program
+        from streamguard.scanner import Scanner
 
-    program = compile_program(PolicySet.from_policies([policies.policies[name]]))
+        program = compile_program(PolicySet.from_policies([policies.policies[name]]))
     with _progress(sizes) as advance:
         for file in names:
             with ExitStack() as stack:

@@ -98,7 +98,8 @@ def read_policies(path: Path, lenient: bool) -> PolicySet:
     from streamguard.policy import PolicySet
     from streamguard.vllm_plugin.settings import lenient_by_environment
 
-    return PolicySet.load(path, lenient=lenient or lenient_by_environment())
+    with spinner(f"reading {path}"):
+        return PolicySet.load(path, lenient=lenient or lenient_by_environment())
 
 
 def discard_stdout() -> None:
@@ -136,14 +137,17 @@ def print_table(
 
 @contextmanager
 def spinner(text: str) -> Iterator[None]:
-    """Show `text` with a spinner on stderr once the step has taken two seconds."""
+    """Show `text`, a spinner and the time that the step takes on stderr, after two seconds of it."""
     if not sys.stderr.isatty():
         yield
         return
     from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    status = Console(stderr=True).status(text)
-    timer = threading.Timer(PATIENCE_S, status.start)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    progress.add_task(text, total=None)
+    timer = threading.Timer(PATIENCE_S, progress.start)
     timer.daemon = True
     timer.start()
     try:
@@ -151,7 +155,7 @@ def spinner(text: str) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-        status.stop()
+        progress.stop()
 
 
 def size(num_bytes: int) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from streamguard.compiler.mapping import Mapping, character_tables
 from streamguard.compiler.regex_outputs import outputs_of
 from streamguard.compiler.regexes import Regex, RegexTrack, tracks_of
-from streamguard.compiler.rules import MASK, STOP, CompiledRule, RuleTable
+from streamguard.compiler.rules import MASK, OBSERVE, STOP, CompiledRule, RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
@@ -107,6 +108,8 @@ class Program:
     max_depth: int
     _automata: tuple[_Automaton, ...] = field(repr=False)
     _track_automaton: tuple[int, ...] = field(repr=False)
+    #: Per policy what all readings of text share; `scanner` fills it.
+    scan_plans: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def first_states(self) -> np.ndarray:
@@ -187,7 +190,12 @@ class Program:
                 continue
             mine = depths[first : ends[np.searchsorted(ends, first, "right")]]
             if t.track_regex[track]:
-                mine[:] = np.where(t.quiet[self.outputs_of_track(track)] < 0, 0, UNKNOWN)
+                pattern, withheld = t.first_pattern[self.outputs_of_track(track)], False
+                while len(pattern := pattern[pattern >= 0]):
+                    withheld |= bool(withholds[t.pattern_rule[pattern]].any())
+                    pattern = t.next_pattern[pattern]
+                idle = t.quiet[self.outputs_of_track(track)] < 0
+                mine[:] = np.where(idle, 0, UNKNOWN) if withheld else 0
             else:
                 hold_depths(address(packed), track, withholds, mine)
         return depths
@@ -326,7 +334,13 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
                 tracks.append((len(automata), True))
             automata.append(automaton)
         regex_rules = [(i, regex) for i, rule in mine for regex in regexes_of(rule)]
-        for track in tracks_of([regex for _, regex in regex_rules]):
+        # What only observes holds no text back: apart from what withholds.
+        withheld = {regex for i, regex in regex_rules if rules[i].group != OBSERVE}
+        observed = {regex: None for _, regex in regex_rules if regex not in withheld}
+        for track in (
+            *tracks_of([regex for _, regex in regex_rules if regex in withheld]),
+            *tracks_of(list(observed)),
+        ):
             automaton = _build_regexes(track, regex_rules, rank, group, num_entries)
             if automaton.mapping not in mappings:
                 mappings.append(automaton.mapping)
