@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Sequence
@@ -29,7 +30,9 @@ from hypothesis import strategies as st
 from test_lookahead import assert_exact
 from test_scanner import BROKEN, scan
 from test_session import hits_per_token
+from typer.testing import CliRunner
 
+from streamguard.cli import app
 from streamguard.compiler.regex_checksums import CHECKSUMS
 from streamguard.compiler.regex_nfa import RegexError
 from streamguard.compiler.regexes import MAX_STATES, Regex, track_of, tracks_of
@@ -379,3 +382,24 @@ def test_a_refusal_says_what_is_wrong_and_what_to_write(name: str, tmp_path: Pat
     for part in parts:
         assert part in message
     assert len(message) < 700
+
+
+def test_explain_counts_hits_with_and_without_the_checksum(tmp_path: Path) -> None:
+    (tmp_path / "policy.yaml").write_text(
+        "version: 1\nrules:\n"
+        "  - {id: card, regexes: ['\\b\\d{13,19}\\b'], validate: luhn, action: halt}\n"
+        "  - {id: word, literals: [card], action: halt}\n"
+    )
+    (tmp_path / "text").write_text("4111111111111111 4111111111111112 1712345678901 card\n")
+    arguments = ["check", str(tmp_path / "policy.yaml"), "--text", str(tmp_path / "text")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["card", "none", "none", "luhn"] in [line[:4] for line in lines]
+    assert ["word", "none", "none", "none"] in [line[:4] for line in lines]
+    assert ["rule", "none", "no", "checksum", "as", "written"] in lines
+    assert ["card", "1", "3", "1"] in lines
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["explained"]
+    assert found[0]["hits"] == {"none": 1, "as written": 1, "no checksum": 3}
+    assert found[0]["validate"] == "luhn"
+    assert found[1]["hits"] == {"none": 1, "as written": 1}
