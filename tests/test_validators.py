@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,21 @@ def test_only_0_to_9_count_as_digits_and_a_z_as_letters() -> None:
             policy(rule("halt", regexes=[r"\b[Gg][Bb]\d\d\w{1,2}"], validate="iban"))
         )
         assert bool(scan(compiled, text.encode())) == iban_holds(text) == ("é" not in text), text
+
+
+@pytest.mark.parametrize(
+    ("validate", "regex"),
+    [
+        ("luhn", "(?:[0-9]?){1500}1"), ("luhn", "(?:[0-9]{0,40}){40}x"), ("luhn", "[0-9]{2000}"),
+        ("iban", ".{1000}"), ("iban", "[A-Z0-9]{2000}"), ("iban", r"\b[A-Z]{2}[0-9]{2}[A-Z0-9]{11,30}\b"),
+    ],
+)  # fmt: skip
+def test_no_checksum_takes_more_than_a_moment(validate: str, regex: str) -> None:
+    """Merging positions that each go on to every later one took 20 s; the bound is one of work."""
+    began = time.thread_time()
+    with pytest.raises(RegexError, match="states with validate"):
+        track_of(Regex(regex, False, False, validate))
+    assert time.thread_time() - began < 10
 
 
 # ------------------------------------------------------------------------------ policies

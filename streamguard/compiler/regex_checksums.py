@@ -125,6 +125,8 @@ def _refuse_mixed(nfa: Nfa, name: str) -> None:
 def _merged(nfa: Nfa) -> Nfa:
     """Make one of all positions that take the same and go on alike, such as the ends of branches."""
     num = len(nfa.classes)
+    if sum(mask.bit_count() for (follow,) in nfa.follow for mask in follow) > MAX_MOVES:
+        raise TooLargeError
     place = list(range(num))  # of each position, the one that stands for it
     while True:
         seen: dict[object, int] = {}
@@ -254,6 +256,7 @@ class _Product:
     def _possible(self) -> set[_Kind]:
         """From the ends of the regex backwards: how many digits may be behind each position."""
         before: list[set[int]] = [set() for _ in self.nfa.classes]
+        num_moves = 0
         for position, (follow,) in enumerate(self.nfa.follow):
             for mask in follow:
                 for following in bits(mask):
@@ -269,12 +272,18 @@ class _Product:
                 raise TooLargeError
             found.add(kind)
             position, place, behind = kind
+            befores = set()
             for index in self.takes[position]:
                 value = self.values[index][0]
-                places = {(place, behind)}
-                if value is not None:
-                    places = {(place - 1, 0)} if place else set()
-                    if place == whole:
-                        places.add((whole, (behind + (2 if value > 9 else 1)) % period))
-                todo += [(p, *kind) for p in before[position] for kind in places]
+                if value is None:
+                    befores.add((place, behind))
+                    continue
+                if place:
+                    befores.add((place - 1, 0))
+                if place == whole:
+                    befores.add((whole, (behind + (2 if value > 9 else 1)) % period))
+            num_moves += len(befores) * len(before[position])
+            if num_moves > MAX_MOVES:
+                raise TooLargeError
+            todo += [(p, *kind) for p in before[position] for kind in befores]
         return found
