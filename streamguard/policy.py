@@ -30,6 +30,7 @@ from streamguard.policy_schema import (
     MAX_RULES,
     NORMAL_FORMS,
     SEVERITY,
+    VALIDATORS,
     PolicySchema,
     RuleSchema,
     text_fault,
@@ -49,6 +50,7 @@ __all__ = [
     "MAX_RULES",
     "NORMAL_FORMS",
     "SEVERITY",
+    "VALIDATORS",
     "Policy",
     "PolicySet",
     "Rule",
@@ -57,7 +59,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule, resolved: what to look for and what to do when a model would write it."""
+    """One rule, resolved: what to look for and what to do when a model would write it.
+
+    validate  one of VALIDATORS, whose checksum must hold for what a regex matches, or None.
+    """
 
     id: str
     category: str
@@ -68,6 +73,7 @@ class Rule:
     action: str
     message: str | None
     regexes: tuple[str, ...] = ()
+    validate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,7 @@ class PolicySet:
 
 def _content(rule: Rule) -> dict[str, Any]:
     """A rule's fields; one that came later is left out where unused: older digests stay."""
-    return {key: value for key, value in vars(rule).items() if key != "regexes" or value}
+    return {k: v for k, v in vars(rule).items() if k not in ("regexes", "validate") or v}
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -276,6 +282,7 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
         own_forms = "normalize" in rule.model_fields_set
         forms = rule.normalize if own_forms else header.defaults.normalize
         _check_message(rule, place, problems)
+        _check_validate(rule, place, problems)
         room = MAX_PATTERNS - num_patterns
         literals = _patterns(rule, tuple(forms), place, base_dir, room, problems)
         num_patterns += len(literals)
@@ -289,7 +296,10 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
                 boundary=rule.boundary,
                 action=rule.action,
                 message=rule.message or None,
-                regexes=check_regexes(rule.regexes, forms, rule.boundary, place, problems),
+                regexes=check_regexes(
+                    rule.regexes, forms, rule.boundary, rule.validator, place, problems
+                ),
+                validate=rule.validator or None,
             )
         )
     packs, taken = _extend(header.extends, frozenset(place_of_id), problems)
@@ -347,6 +357,22 @@ def _check_message(rule: RuleSchema, place: str, problems: Problems) -> None:
         )
 
 
+def _check_validate(rule: RuleSchema, place: str, problems: Problems) -> None:
+    if not rule.validator:
+        return
+    given = f"{place}validate is {show(rule.validator)}"
+    if rule.literals or rule.literals_file:
+        problems.add(
+            f"{given} but the rule has literals; a checksum is that of what a regex matches, and a "
+            f"literal would act without one. Move the literals to another rule."
+        )
+    elif not rule.regexes:
+        problems.add(
+            f"{given} but the rule has no regexes; a checksum is that of what a regex matches. "
+            f"Add regexes that give the number's shape, or delete validate."
+        )
+
+
 def _patterns(
     rule: RuleSchema,
     forms: tuple[str, ...],
@@ -398,7 +424,7 @@ def _patterns(
             )
             continue
         patterns.append(literal)
-    if not num_seen and not rule.regexes:
+    if not num_seen and not rule.regexes and not rule.validator:
         problems.add(
             f"{place}no pattern to match; a rule needs literals, a literals_file or regexes with "
             f"at least one entry. Without, it would never act. Add one or delete the rule."

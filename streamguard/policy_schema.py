@@ -10,7 +10,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 from streamguard.policy_errors import Problems, did_you_mean, explain, show, unknown_key, wrong_type
 
@@ -33,6 +40,8 @@ CATEGORIES = (
 STAGES = ("output", "prompt", "both")
 NORMAL_FORMS = ("case", "width", "zero-width", "confusables", "leet", "marks", "separators")
 BOUNDARIES = ("none", "word")
+#: Checksums, as `compiler.regex_checksums` computes them.
+VALIDATORS = ("luhn", "iban")
 ON_ERROR = ("block", "pass")
 
 # Words of the schema that this version knows but cannot honour, and what to do instead. Support
@@ -154,6 +163,10 @@ class RuleSchema(_Schema):
     literals_file: str = ""
     # The syntax of each is checked by regex_rules.
     regexes: Annotated[list[Any], BeforeValidator(_as_list)] = []
+    # By another name here: pydantic's models have a method `validate`.
+    validator: Annotated[str, AfterValidator(_word("validate", VALIDATORS))] = Field(
+        "", alias="validate"
+    )
     normalize: _Forms = []
     boundary: Annotated[str, AfterValidator(_word("boundary", BOUNDARIES))] = "none"
     action: Annotated[str, AfterValidator(_word("action", SEVERITY))]
@@ -171,17 +184,22 @@ class PolicySchema(_Schema):
     rules: Any = None
 
 
+def _keys(schema: type[_Schema]) -> list[str]:
+    """The keys of a mapping as a policy file writes them."""
+    return [field.alias or name for name, field in schema.model_fields.items()]
+
+
 def validate(schema: type[_S], data: Any, place: str, problems: Problems) -> _S | None:
     """Check `data` against `schema`; note the problems under `place`, or return the model."""
-    unusable = False
+    unusable, keys = False, _keys(schema)
     if isinstance(data, Mapping):
-        later = [key for key in _NOT_YET["key"] if key in data and key not in schema.model_fields]
+        later = [key for key in _NOT_YET["key"] if key in data and key not in keys]
         for key in later:
-            problems.add(place + _not_yet("key", key, schema.model_fields))
+            problems.add(place + _not_yet("key", key, keys))
         # `yes:` and `1:` are no strings in YAML; pydantic would name them by another key.
         misread = [key for key in data if not isinstance(key, str)]
         for key in misread:
-            problems.add(place + unknown_key(key, schema.model_fields))
+            problems.add(place + unknown_key(key, keys))
         data = {key: data[key] for key in data if isinstance(key, str) and key not in later}
         unusable = bool(later or misread)
     try:
@@ -189,9 +207,9 @@ def validate(schema: type[_S], data: Any, place: str, problems: Problems) -> _S 
     except ValidationError as error:
         for entry in error.errors(include_url=False):
             in_defaults = entry["loc"][:1] == ("defaults",)
-            fields = (DefaultsSchema if in_defaults else schema).model_fields
+            allowed = _keys(DefaultsSchema) if in_defaults else keys
             what = (
-                explain(entry, fields)
+                explain(entry, allowed)
                 if entry["loc"]
                 else wrong_type("the rule", data, "a mapping")
             )

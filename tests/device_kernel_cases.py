@@ -114,6 +114,14 @@ def program() -> Program:
     return make_program()
 
 
+@pytest.fixture
+def packed_program(monkeypatch: pytest.MonkeyPatch) -> Program:
+    """The same, but only few states have a row of their own."""
+    monkeypatch.setattr("streamguard.compiler.program.DENSE_BYTES", 0)
+    monkeypatch.setattr("streamguard.compiler.program.HOT_BYTES", 1000)
+    return make_program()
+
+
 @pytest.fixture(scope="module")
 def codes(program: Program) -> VerdictCodes:
     return VerdictCodes.from_table(program.table, encode, decode)
@@ -383,6 +391,16 @@ def test_device_agrees_with_host_on_random_schedules(
         engine.step()
     print(f"{NUM_STEPS} steps:", engine.seen)
     assert min(engine.seen.values()) > 0, engine.seen
+
+
+def test_packed_tables_agree_with_the_host_too(
+    packed_program: Program, codes: VerdictCodes, seed: int
+) -> None:
+    assert packed_program.tables.track_num_cold.any()
+    engine = Engine(packed_program, codes, random.Random(seed))
+    for _ in range(NUM_STEPS // 3):
+        engine.step()
+    print(f"{NUM_STEPS // 3} steps, packed:", engine.seen)
 
 
 def test_mask_equals_a_walk_of_every_token(

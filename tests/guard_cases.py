@@ -43,12 +43,14 @@ def rule(
     word: bool = False,
     forms: Sequence[str] = (),
     regexes: Sequence[str] = (),
+    validate: str = "",
 ) -> dict[str, Any]:
     """One rule of a policy file."""
     return {
         "action": action,
         **({"literals": list(dict.fromkeys(literals))} if literals else {}),
         **({"regexes": list(dict.fromkeys(regexes))} if regexes else {}),
+        **({"validate": validate} if validate else {}),
         "normalize": ["case"] if case else list(forms),
         "boundary": "word" if word else "none",
         **({"message": "no"} if action == "redirect" else {}),
@@ -194,7 +196,29 @@ def _before_rest(engine: Any, pattern: str, flags: int, rest: int) -> Any:
     return engine.compile(f"(?:{pattern})(?=(?s:.{{{rest}}})\\Z)", flags)
 
 
-def regex_ends(text: str, pattern: str, *, case: bool = False, word: bool = False) -> set[int]:
+def luhn_holds(text: str) -> bool:
+    """Whether the digits of a text are a number that Luhn's formula accepts, as its patent has it."""
+    digits = [int(c) for c in text if c in "0123456789"]
+    doubled = [int(c) for digit in digits[-2::-2] for c in str(2 * digit)]
+    others = any(c.isdecimal() and not c.isascii() for c in text)
+    return bool(digits) and not others and (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
+
+
+def iban_holds(text: str) -> bool:
+    """Whether the letters and digits of a text are of an IBAN's form and 1 modulo 97."""
+    kept = "".join(c for c in text if is_word_character(c) and c != "_")
+    if not re.fullmatch("[A-Za-z]{2}[0-9]{2}[A-Za-z0-9]+", kept):
+        return False
+    return int("".join(str(int(c, 36)) for c in kept[4:] + kept[:4])) % 97 == 1
+
+
+#: Validators of regexes: whether the text of a match counts.
+HOLDS: dict[str | None, Callable[[str], bool]] = {"luhn": luhn_holds, "iban": iban_holds}
+
+
+def regex_ends(
+    text: str, pattern: str, *, case: bool = False, word: bool = False, validate: str | None = None
+) -> set[int]:
     """Where in a whole text a match of a regex ends, by Python's `re` from every start.
 
     By `regex` in texts with marks and joiners, which are parts of words to it as they are to us.
@@ -206,19 +230,25 @@ def regex_ends(text: str, pattern: str, *, case: bool = False, word: bool = Fals
         if word and end < len(text) and is_word_character(text[end]):
             continue
         compiled = _before_rest(engine, pattern, re.IGNORECASE if case else 0, len(text) - end)
-        starts = range(end) if word else range(1)
-        for start in starts:
+        one_by_one = word or validate
+        for start in range(end) if one_by_one else range(1):
             if word and start > 0 and is_word_character(text[start - 1]):
                 continue
-            if (compiled.match if word else compiled.search)(text, start):
+            if validate and not HOLDS[validate](text[start:end]):
+                continue
+            if (compiled.match if one_by_one else compiled.search)(text, start):
                 found.add(end)
                 break
     return found
 
 
-def certain_ends(text: str, pattern: str, *, case: bool, word: bool) -> set[int]:
+def certain_ends(
+    text: str, pattern: str, *, case: bool, word: bool, validate: str | None = None
+) -> set[int]:
     """The same for a text that may go on: whatever comes next, a match ends there."""
-    both = [regex_ends(text + c, pattern, case=case, word=word) for c in ("x", " ")]
+    both = [
+        regex_ends(text + c, pattern, case=case, word=word, validate=validate) for c in ("x", " ")
+    ]
     return {end for end in both[0] & both[1] if end <= len(text)}
 
 
@@ -233,7 +263,8 @@ def matches(
     ends: set[int] = set()
     for pattern in what.regexes:
         find = regex_ends if ended else certain_ends
-        ends |= find(text, pattern, case="case" in what.normalize, word=what.boundary == "word")
+        case, word = "case" in what.normalize, what.boundary == "word"
+        ends |= find(text, pattern, case=case, word=word, validate=what.validate)
     found = _literal_matches(text, what, index, ended) if what.literals else []
     return [m for m in found if m[0] not in ends] + [(end, index, -1) for end in sorted(ends)]
 

@@ -27,6 +27,7 @@ DEFAULT = {
         {"id": "city", "literals": ["Paris", "Größe"], "action": "mask", "boundary": "word"},
         {"id": "key", "literals": ["RSA"], "action": "redirect", "message": "No.\n“No.”"},
         {"id": "number", "regexes": [r"\b\d{3}\b", "t+h"], "action": "mask"},
+        {"id": "card", "regexes": [r"\b\d{4,6}\b"], "validate": "luhn", "action": "halt"},
     ],
 }
 OTHER = {

@@ -199,7 +199,7 @@ def test_packs_are_listed_with_their_versions() -> None:
     lines = run("packs", "list").stdout.splitlines()
     assert lines[0].split()[:4] == ["pack", "version", "rules", "patterns"]
     assert [line.split()[:3] for line in lines[1:]] == [
-        ["pii", "1.0", "12"], ["prompt-leak", "1.0", "3"], ["secrets", "2.0", "15"],
+        ["pii", "2.0", "14"], ["prompt-leak", "1.0", "3"], ["secrets", "2.0", "15"],
     ]  # fmt: skip
 
 

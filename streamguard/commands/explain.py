@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from streamguard.compiler.program import Program
     from streamguard.policy import Policy, PolicySet, Rule
 
-#: Names of the two columns of hits beside those of single forms.
-NO_FORM, AS_WRITTEN = "none", "as written"
+#: Names of the columns of hits beside those of single forms.
+NO_FORM, NO_CHECKSUM, AS_WRITTEN = "none", "no checksum", "as written"
 _BLOCK = 1 << 20
 
 
@@ -27,7 +27,9 @@ class Explained:
                as two.
     others     number of characters beyond ASCII that are read as ASCII letters or digits.
     skipped    number of characters that are read as nothing.
-    hits       matches by set of forms: none, each of the rule's forms alone, all as written.
+    validate   the checksum that matches of its regexes need, or None.
+    hits       matches by set of forms: none, each of the rule's forms alone, all as written; with a
+               checksum, all without it as well.
     """
 
     policy: str
@@ -42,6 +44,7 @@ class Explained:
     alike: list[str]
     others: int
     skipped: int
+    validate: str | None = None
     hits: dict[str, int] = field(default_factory=dict)
 
 
@@ -63,7 +66,7 @@ def _explain(policy: Policy, rule: Rule, texts: Sequence[Path]) -> Explained:
         len(program.tables.pattern_rule), program.max_tracks, program.num_states,
         program.tables.trans.nbytes + program.tables.cold.nbytes, alike,
         sum(code > 0x7F and read in readings for code, read in changed.items()),
-        sum(not read for read in changed.values()),
+        sum(not read for read in changed.values()), rule.validate,
     )  # fmt: skip
     if texts:
         columns: dict[str, tuple[str, ...]] = {NO_FORM: (), AS_WRITTEN: rule.normalize}
@@ -73,6 +76,8 @@ def _explain(policy: Policy, rule: Rule, texts: Sequence[Path]) -> Explained:
             name: _hits(policy, replace(rule, normalize=forms), texts)
             for name, forms in columns.items()
         }
+        if rule.validate:
+            found.hits[NO_CHECKSUM] = _hits(policy, replace(rule, validate=None), texts)
     return found
 
 
@@ -104,7 +109,7 @@ def _hits(policy: Policy, rule: Rule, texts: Sequence[Path]) -> int:
     from streamguard.scanner import Scanner
 
     kept = tuple(text for text in rule.literals if readings(text, rule.normalize))
-    if not kept:
+    if not kept and not rule.regexes:
         return 0
     program = _program(policy, replace(rule, literals=kept))
     number = 0
@@ -130,12 +135,15 @@ def show(found: list[Explained]) -> None:
     def name(one: Explained) -> str:
         return f"{one.policy}: {one.rule}" if several else one.rule
 
+    checksums = any(one.validate for one in found)
     print_table(
-        ("rule", "normal forms", "boundary", "literals", "patterns", "tracks", "states", "size"),
+        ("rule", "normal forms", "boundary", *["checksum"] * checksums, "literals", "patterns",
+         "tracks", "states", "size"),
         [
             (
-                name(one), ", ".join(one.normalize) or "none", one.boundary, f"{one.literals:,}",
-                f"{one.patterns:,}", str(one.tracks), f"{one.states:,}", size(one.size_bytes),
+                name(one), ", ".join(one.normalize) or "none", one.boundary,
+                *[one.validate or "none"] * checksums, f"{one.literals:,}", f"{one.patterns:,}",
+                str(one.tracks), f"{one.states:,}", size(one.size_bytes),
             )
             for one in found
         ],
@@ -157,7 +165,8 @@ def show(found: list[Explained]) -> None:
     from streamguard.policy_schema import NORMAL_FORMS
 
     used = [form for form in NORMAL_FORMS if any(form in one.hits for one in found)]
-    columns = [NO_FORM, *used, AS_WRITTEN]
+    checked = any(NO_CHECKSUM in one.hits for one in found)
+    columns = [NO_FORM, *used, *[NO_CHECKSUM] * checked, AS_WRITTEN]
     print("\nhits in the given text, with each form alone and with all that the rule names:")
     print_table(
         ("rule", *columns),

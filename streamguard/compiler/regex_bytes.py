@@ -234,7 +234,8 @@ class _Speller:
     def _spell(self, row: np.ndarray, targets: np.ndarray, kind: str, before: int) -> None:
         """Write the moves to `targets` (by atom) into `row`; `before` is reported on the first byte."""
         listed = targets.tolist()
-        parts = sorted({target for target in listed if target != _NEVER})
+        # In order of atoms: moves to other states by the same partition share a template.
+        parts = list(dict.fromkeys(target for target in listed if target != _NEVER))
         place = {target: part for part, target in enumerate(parts)} | {_NEVER: _NEVER}
         key = tuple(place[target] for target in listed)
         tree = self._templates.get(key)

@@ -63,6 +63,11 @@ def negate(chars: CharSet) -> CharSet:
     return make(gaps)
 
 
+def common(one: CharSet, other: CharSet) -> CharSet:
+    """The characters that both hold."""
+    return negate(make((*negate(one), *negate(other))))
+
+
 @cache
 def category(name: str, ascii_only: bool) -> CharSet:
     r"""\d, \s, \w and their negations by the parser's names: CATEGORY_DIGIT, CATEGORY_NOT_WORD.

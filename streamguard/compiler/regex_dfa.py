@@ -50,6 +50,7 @@ class CharDfa:
 def determinise(nfas: Sequence[Nfa], marks: bool, max_raw_states: int = MAX_RAW_STATES) -> CharDfa:
     """Build the automaton that finds all `nfas`; `outputs` hold which, as bits.
 
+    nfas  of one `values`: those with a checksum come one by one.
     Raises TooLargeError beyond `max_raw_states` or MAX_STEPS, after about a second at most.
     """
     sets: dict[CharSet, int] = {}
@@ -57,6 +58,7 @@ def determinise(nfas: Sequence[Nfa], marks: bool, max_raw_states: int = MAX_RAW_
     words = category("CATEGORY_WORD", False)
     if marks:
         sets.setdefault(words, len(sets))
+    of_value = [sets.setdefault(chars, len(sets)) for chars in nfas[0].values]
     atom_of, members = atoms(list(sets))
     takes = [0] * len(sets)  # positions by set
     for position, index in enumerate(position_set):
@@ -66,7 +68,19 @@ def determinise(nfas: Sequence[Nfa], marks: bool, max_raw_states: int = MAX_RAW_
 
     first, follow, last = _together(nfas)
     kinds = (0, 1) if marks else (0,)
-    of_kind = [[a for a, word in enumerate(is_word) if word == bool(kind)] for kind in (0, 1)]
+    # (value, its atoms of this kind), where there are any
+    of_kind = [
+        [
+            (value, mine)
+            for value, index in enumerate(of_value)
+            if (
+                mine := [
+                    a for a, held in enumerate(members) if held >> index & 1 and is_word[a] == kind
+                ]
+            )
+        ]
+        for kind in (0, 1)
+    ]
     begins = START if any(nfa.starts for nfa in nfas) else 0
     # (positions, 1 = after a word character, kind of gap that matches may begin in, less `after`)
     middle = (0, 1, 2) if marks else (0, 0, 0)
@@ -81,25 +95,26 @@ def determinise(nfas: Sequence[Nfa], marks: bool, max_raw_states: int = MAX_RAW_
     for positions, _, before in states:  # grows as we go
         held = list(bits(positions))
         row = [0] * len(members)
-        steps += len(held) * len(kinds) + len(members)
+        steps += len(held) * len(kinds) * len(of_value) + len(members)
         if steps > MAX_STEPS or len(states) > max_raw_states:
             raise TooLargeError
         ended = [0, 0]
         for kind in kinds:
             inner = (before & 3) + kind
-            following = first[before + kind]
-            for position in held:
-                following |= follow[position][inner]
             for regex, bits_of in enumerate(last):
                 if positions & bits_of[inner]:
                     ended[kind] |= 1 << regex
-            for atom in of_kind[kind]:
-                key = (following & atom_takes[atom], kind, 2 * kind)
-                known = number.get(key)
-                if known is None:
-                    known = number[key] = len(states)
-                    states.append(key)
-                row[atom] = known
+            for value, mine in of_kind[kind]:
+                following = first[value][before + kind]
+                for position in held:
+                    following |= follow[position][value][inner]
+                for atom in mine:
+                    key = (following & atom_takes[atom], kind, 2 * kind)
+                    known = number.get(key)
+                    if known is None:
+                        known = number[key] = len(states)
+                        states.append(key)
+                    row[atom] = known
         always = ended[0] & ended[1] if marks else ended[0]
         later = [e & ~always if marks else 0 for e in ended]
         target.append(row)
@@ -123,17 +138,26 @@ def _gather(takes: Sequence[int], held: int) -> int:
     return positions
 
 
-def _together(nfas: Sequence[Nfa]) -> tuple[list[int], list[tuple[int, ...]], list[list[int]]]:
+def _together(
+    nfas: Sequence[Nfa],
+) -> tuple[list[list[int]], list[tuple[tuple[int, ...], ...]], list[list[int]]]:
     """first, follow and, per regex, last over the positions of all, one regex after another."""
-    first = [0] * len(ALL_GAPS)
-    follow: list[tuple[int, ...]] = []
+    first = [[0] * len(ALL_GAPS) for _ in nfas[0].values]
+    follow: list[tuple[tuple[int, ...], ...]] = []
     last: list[list[int]] = []
     for nfa in nfas:
         shift = len(follow)
-        for gap in ALL_GAPS:
-            first[gap] |= nfa.first[gap] << shift
+        for mine, of_gap in zip(first, nfa.first, strict=True):
+            for gap in ALL_GAPS:
+                mine[gap] |= of_gap[gap] << shift
         last.append([nfa.last[gap] << shift for gap in INNER_GAPS])
-        follow += [tuple(mask << shift for mask in of_gap) for of_gap in nfa.follow]
+        if shift:
+            follow += [
+                tuple(tuple(mask << shift for mask in of_gap) for of_gap in by_value)
+                for by_value in nfa.follow
+            ]
+        else:  # as they are: with a checksum there are many
+            follow += nfa.follow
     return first, follow, last
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamguard.compiler.regex_classes import CharSet, category, fold, make, negate
+from streamguard.compiler.regex_classes import LAST, CharSet, category, fold, make, negate
 
 #: Most places that take a character, after repetitions are written out.
 MAX_POSITIONS = 4000
@@ -65,21 +65,24 @@ class Nfa:
     """The positions of one regex.
 
     classes  per position the characters that it takes.
-    first    per gap kind the positions that a match can begin with there, as bits.
-    follow   per position and inner gap kind, those that may come next.
+    first    per value and gap kind the positions that a match can begin with there, as bits.
+    follow   per position, value and inner gap kind, those that may come next.
     last     per inner gap kind those with which a match may end before such a gap.
     marks    whether it depends on what is a word: it reads a stream with marks then.
     starts   whether it depends on where the text starts.
     longest  most characters of a match; None = no limit.
+    values   classes that all characters are cut into. The positions that may come next depend on
+             which one the next character is in: with a checksum (`regex_checksums`), else not.
     """
 
     classes: tuple[CharSet, ...]
-    first: tuple[int, ...]
-    follow: tuple[tuple[int, ...], ...]
+    first: tuple[tuple[int, ...], ...]
+    follow: tuple[tuple[tuple[int, ...], ...], ...]
     last: tuple[int, ...]
     marks: bool
     starts: bool
     longest: int | None
+    values: tuple[CharSet, ...] = (((0, LAST),),)
 
 
 def parse(pattern: str, *, ignore_case: bool = False, word: bool = False) -> Nfa:
@@ -115,8 +118,8 @@ def parse(pattern: str, *, ignore_case: bool = False, word: bool = False) -> Nfa
         )
     return Nfa(
         tuple(builder.classes),
-        tuple(fragment.first),
-        tuple(map(tuple, builder.follow)),
+        (tuple(fragment.first),),
+        tuple((tuple(of_gap),) for of_gap in builder.follow),
         tuple(fragment.last[gap] for gap in INNER_GAPS),
         builder.marks,
         builder.starts,

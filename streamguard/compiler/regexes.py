@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from streamguard.compiler.regex_bytes import ByteDfa, to_bytes
+from streamguard.compiler.regex_checksums import with_checksum
 from streamguard.compiler.regex_dfa import TooLargeError, determinise
 from streamguard.compiler.regex_nfa import Nfa, RegexError, parse
 
@@ -28,11 +29,15 @@ UNLIMITED = 1 << 40
 
 @dataclass(frozen=True, order=True)
 class Regex:
-    """One regex as a rule gives it; word = no word character right before or after a match."""
+    """One regex as a rule gives it; word = no word character right before or after a match.
+
+    validate  a key of `regex_checksums.CHECKSUMS`, which must hold for the text of a match, or "".
+    """
 
     pattern: str
     ignore_case: bool
     word: bool
+    validate: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class RegexTrack:
 
 @lru_cache(maxsize=4096)
 def nfa_of(regex: Regex) -> Nfa:
-    """Parse one regex; raises RegexError."""
+    """Parse one regex, without its checksum; raises RegexError."""
     return parse(regex.pattern, ignore_case=regex.ignore_case, word=regex.word)
 
 
@@ -61,23 +66,39 @@ def track_of(regex: Regex) -> RegexTrack:
     try:
         track = _track((regex,))
     except TooLargeError:
+        raise RegexError(_too_large(regex)) from None
+    if not any(track.dfa.here) and not any(track.dfa.before):
+        because = f"numbers that validate: {regex.validate} never lets pass, " * bool(
+            regex.validate
+        )
         raise RegexError(
+            f"can never match ({because}a class without members, or anchors that exclude each "
+            f"other). Correct it."
+        )
+    return track
+
+
+def _too_large(regex: Regex) -> str:
+    if not regex.validate:
+        return (
             f"needs more than {MAX_STATES:,} states: too many unfinished matches can be under way "
             f"at once, since one may begin at any place. Give it a beginning that cannot occur in "
             f"its middle (\\b is one, unless it may hold spaces or punctuation), fewer repetitions "
             f"({{8,}} instead of {{8,500}}, [ -]? only between groups), or narrower classes."
-        ) from None
-    if not any(track.dfa.here) and not any(track.dfa.before):
-        raise RegexError(
-            "can never match (a class without members, or anchors that exclude each other). "
-            "Correct it."
         )
-    return track
+    letters = " [A-Z] or [0-9] for each place that takes both," * (regex.validate == "iban")
+    return (
+        f"needs more than {MAX_STATES:,} states with validate: {regex.validate}, which sums up every "
+        f"number that may have begun. Give it a beginning that cannot occur within the number "
+        f"(\\b where no separators are; with them (?:\\A\\D?|\\D\\D)),{letters} one regex "
+        f"for each length, or leave validate out."
+    )
 
 
 def tracks_of(regexes: Sequence[Regex]) -> list[RegexTrack]:
     """Few and small automata for all: regexes that need marks apart from the others.
 
+    One with a checksum has an automaton of its own: with others their states would multiply.
     Each regex joins the first of the newest automata that stays small with it; about 0.1 s a regex.
     Raises RegexError where `track_of` does.
     """
@@ -86,13 +107,14 @@ def tracks_of(regexes: Sequence[Regex]) -> list[RegexTrack]:
     for marks in (False, True):
         groups: list[list[Regex]] = []
         for regex in alone:
-            if alone[regex].marks == marks:
+            if alone[regex].marks == marks and not regex.validate:
                 _join(regex, groups, marks)
         for group in groups:
             try:
                 tracks.append(alone[group[0]] if len(group) == 1 else _track(tuple(group)))
             except TooLargeError:  # spelt in bytes it grew
                 tracks += [alone[regex] for regex in group]
+    tracks += [alone[regex] for regex in alone if regex.validate]
     if sum(len(track.dfa.goto) for track in tracks) > MAX_POLICY_STATES:
         return list(alone.values())
     return tracks
@@ -110,7 +132,10 @@ def _join(regex: Regex, groups: list[list[Regex]], marks: bool) -> None:
 
 
 def _track(regexes: tuple[Regex, ...]) -> RegexTrack:
-    nfas = [nfa_of(regex) for regex in regexes]
+    nfas = [
+        with_checksum(nfa_of(regex), regex.validate) if regex.validate else nfa_of(regex)
+        for regex in regexes
+    ]
     marks = any(nfa.marks for nfa in nfas)
     lengths = [UNLIMITED if nfa.longest is None else _MOST_BYTES * nfa.longest for nfa in nfas]
     return RegexTrack(
