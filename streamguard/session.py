@@ -28,6 +28,7 @@ from streamguard_kernels.advance import (
     end_groups,
     pack_slots,
     pack_tables,
+    settle,
     walk_kernel,
 )
 from streamguard_kernels.lookahead import (
@@ -70,6 +71,7 @@ class Session:
             end_tokens=np.full((num_slots, 8), -1, np.int64),
             end_bits=np.full(num_slots, UNSEEN | LAST, np.uint8),
             state=np.zeros((num_slots, program.max_tracks), np.int64),
+            synced=np.full(num_slots, -1, np.int64),
             pending=np.zeros(num_slots, np.int64),
             events=np.zeros((_EVENTS, 2), np.int64),
             num_events=np.zeros(1, np.int64),
@@ -144,7 +146,7 @@ class Session:
             more = ((0, 0), (0, missing))
             self._replace(end_tokens=np.pad(self._slots.end_tokens, more, constant_values=-1))
         mine = self._slots
-        mine.policy[slot], mine.plain[slot] = p, 0
+        mine.policy[slot], mine.plain[slot], mine.synced[slot] = p, 0, -1
         mine.hidden[slot] = hide_special_tokens
         mine.end_bits[slot] = LAST if show_end_token else UNSEEN | LAST
         mine.pending[slot] = 0
@@ -159,6 +161,8 @@ class Session:
             for at in range(0, len(tail), _ROWS):
                 piece = tail[at : at + _ROWS]
                 self._walk(self._prompt_call, np.full(len(piece), slot), piece)
+            settle(self._tables_at, self._slots_at, int(slot))
+            mine.synced[slot] = -1
             states = mine.state[slot, : hi - lo]
             twin = t.track_twin[lo:hi] == 1
             states[twin] = t.track_start[lo:hi][twin]
@@ -170,6 +174,7 @@ class Session:
 
     def snapshot(self, slot: int) -> tuple[NDArray[np.int64], int]:
         """Copy of a slot's track states (int64[max_tracks]) and its unfinished character."""
+        settle(self._tables_at, self._slots_at, int(slot))
         return self._slots.state[slot].copy(), int(self._slots.pending[slot])
 
     def end_bits(self, slot: int) -> int:
@@ -179,6 +184,7 @@ class Session:
     def release(self, slot: int) -> None:
         """Leave a slot unguarded until its next `reset`: its rows never hit."""
         self._slots.policy[slot], self._slots.plain[slot] = -1, 0
+        self._slots.synced[slot] = -1
 
     def advance(self, slots: ArrayLike, token_ids: ArrayLike) -> NDArray[np.int64]:
         """Commit one token per row; several rows may feed the same slot, in order.
@@ -304,6 +310,7 @@ class Session:
         """Whether the end of the text, which shows nothing more, would complete a match."""
         t, p = self._tables, self._slots.policy[slot]
         lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
+        settle(self._tables_at, self._slots_at, int(slot))
         states = self._slots.state[slot, : hi - lo]
         return bool(end_groups(self._tables_at, lo, states) & group)
 

@@ -71,10 +71,17 @@ class Tables(NamedTuple):
     rule_rank        int32[num_rules]           lower = more severe
     token_offsets    int32[num_mappings, num_tokens + 1]   into `token_data`
     token_data       uint8[num_bytes]           mapped bytes of each token, mapping after mapping
-    token_walk       int64[num_tracks, num_tokens]    state behind the token, read from the root;
+    token_walk       int64[num_tokens, num_tracks]    state behind the token, read from the root;
                                                 bit 31 = look closer: it completes a match, is
                                                 special or empty, or ends inside a character; from
                                                 bit 32 on the class of its first mapped byte
+    token_sync       int64[num_policies, num_tokens]  all tracks of a policy at once: where in `calm`
+                                                the row of the states behind the token begins; from
+                                                bit 32 on the column of its first classes; -1 = look
+                                                closer, in any track
+    calm             uint8[num_calm]            bits: whether from the states of a row the classes of a
+                                                column lead all tracks where they lead from the root,
+                                                and complete nothing; then so does all that follows
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -117,6 +124,8 @@ class Tables(NamedTuple):
     token_offsets: np.ndarray
     token_data: np.ndarray
     token_walk: np.ndarray
+    token_sync: np.ndarray
+    calm: np.ndarray
     token_pending: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
@@ -131,13 +140,13 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l u b l b l l l i i l b b"
+_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l b u b l b l l l i i l b b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[39, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[41, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 
@@ -149,7 +158,9 @@ class Slots(NamedTuple):
     hidden      uint8[num_slots]              1 = the reader does not see special tokens
     end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
     end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
-    state       int64[num_slots, max_tracks]
+    state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
+    synced      int64[num_slots]              the states are those of `token_walk` behind this token;
+                                              from bit 32 on their row in `calm`; -1 = `state` holds
     pending     int64[num_slots]              unfinished character, see `utf8`
     events      int64[capacity, 2]            (row, rule) of every pattern that completed
     num_events  int64[1]                      counts also those beyond the capacity
@@ -165,6 +176,7 @@ class Slots(NamedTuple):
     end_tokens: np.ndarray
     end_bits: np.ndarray
     state: np.ndarray
+    synced: np.ndarray
     pending: np.ndarray
     events: np.ndarray
     num_events: np.ndarray
@@ -174,13 +186,13 @@ class Slots(NamedTuple):
     best: np.ndarray
 
 
-_SLOTS = "l b b l b l l l l b l b l"
+_SLOTS = "l b b l b l l l l l b l b l"
 #: Makes packed slots a `Slots` of flat arrays again, within a kernel.
 unpack_slots = unpacker(Slots, _SLOTS)
 
 
 def pack_slots(slots):
-    """The addresses of a `Slots` whose own address kernels take: int64[13, 2]; see `pack`."""
+    """The addresses of a `Slots` whose own address kernels take: int64[14, 2]; see `pack`."""
     return pack(slots, _SLOTS)
 
 
@@ -402,7 +414,7 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 
 @compiled
 def walk_tokens(packed, track, walks):
-    """Fill in `token_walk` of one track; see `Tables`. walks int64[num_tokens], out."""
+    """Fill in `token_walk` of one track; see `Tables`. walks int64[num_tokens, num_tracks], out."""
     t = unpack_tables(packed)
     num_tokens = t.token_special.shape[0]
     for token in range(num_tokens):
@@ -416,9 +428,39 @@ def walk_tokens(packed, track, walks):
             entry = np.int64(move(packed, track, state, class_))
             state = entry & STATE_MASK
             hit |= entry & HIT_BIT
-        walks[token] = state | hit
+        walks[token, track] = state | hit
         if begin < end:
-            walks[token] |= np.int64(t.class_of[track * 256 + t.token_data[begin]]) << 32
+            walks[token, track] |= np.int64(t.class_of[track * 256 + t.token_data[begin]]) << 32
+
+
+@compiled
+def find_calm(packed, track, states, classes):
+    """`Tables.calm` as far as one track is concerned: uint8[num_rows, num_bytes].
+
+    states int64[num_rows], classes int64[num_columns].
+    """
+    t = unpack_tables(packed)
+    calm = np.zeros((states.shape[0], (classes.shape[0] + 7) // 8), np.uint8)
+    for column in range(classes.shape[0]):
+        behind = move(packed, track, t.track_base[track], classes[column])
+        for row in range(states.shape[0]):
+            entry = move(packed, track, states[row], classes[column])
+            if entry == behind and entry >> 31 == 0:
+                calm[row, column >> 3] |= np.uint8(1 << (column & 7))
+    return calm
+
+
+@borrowing
+def settle(packed, packed_slots, slot):
+    """Write down the states of a slot, if `Slots.synced` stands for them."""
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    token = s.synced[slot]
+    if token >= 0:
+        token &= 0xFFFFFFFF
+        lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
+        walks, mine = token * t.track_base.shape[0], slot * s.scratch.shape[0]
+        for track in range(lo, hi):
+            s.state[mine + track - lo] = t.token_walk[walks + track] & STATE_MASK
 
 
 @compiled
@@ -471,6 +513,7 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
     pending, rule = s.pending[slot], np.int64(-1)
     lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
     max_tracks, num_ends = s.scratch.shape[0], s.end_tokens.shape[0] // s.policy.shape[0]
+    settle(packed, packed_slots, slot)
     for i in range(max_tracks):
         s.scratch[i] = s.state[slot * max_tracks + i]
     for i in range(slot * num_ends, (slot + 1) * num_ends):
@@ -491,7 +534,8 @@ def walk_kernel(call, slots, tokens):
 
     At most two table reads per byte: failure links are folded into `trans`, so the cost follows the
     bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
-    same bytes from the root goes on as that does, and where that leads is in `token_walk`.
+    same bytes from the root goes on as that does, and where that leads is in `token_walk`. And mostly
+    all tracks do so, from where all of them were: one bit in `calm` says it, however many they are.
 
     call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
             the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
@@ -510,31 +554,46 @@ def walk_kernel(call, slots, tokens):
     silent = np.int64(-1)
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     num_slots, num_tokens = s.policy.shape[0], t.token_special.shape[0]
-    max_tracks = s.scratch.shape[0]
+    max_tracks, num_tracks = s.scratch.shape[0], np.uintp(t.track_base.shape[0])
     lowest = 0 if commit else -1
     if slots.shape[0] != tokens.shape[0] or slots.shape[0] > s.best.shape[0]:
         return -1
-    for row in range(slots.shape[0]):
-        if not (0 <= slots[row] < num_slots and lowest <= tokens[row] < num_tokens):
-            return -1
+    wrong = False
+    for row in range(slots.shape[0]):  # without a branch: several rows at once
+        wrong |= (slots[row] < 0) | (slots[row] >= num_slots)
+        wrong |= (tokens[row] < lowest) | (tokens[row] >= num_tokens)
+    if wrong:
+        return -1
     if first == 0:
         s.num_events[0] = 0
     completed = np.int64(s.num_events[0] > 0)
     for row in range(first, slots.shape[0]):
         slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
         mine = slot * np.uintp(max_tracks)
-        # Nearly every row: an ordinary token within the text that completes nothing. What this loop
-        # cannot settle, `_walk_row` does from the start.
         if s.policy[slot] < 0:
             s.best[row] = 0
             continue
+        # Nearly every row: an ordinary token within the text that completes nothing. What this part
+        # cannot settle, `_walk_row` does from the start.
         settled = s.plain[slot] and s.pending[slot] == 0 and not ends_count
         if settled:
             p = np.uintp(s.policy[slot])
+            here, before = t.token_sync[p * np.uintp(num_tokens) + token], s.synced[slot]
+            synced = np.int64(token) | (here << np.int64(32)) if here >= 0 else np.int64(-1)
+            if here >= 0 and before >= 0:
+                column = np.uintp(here >> np.int64(32))
+                byte = t.calm[np.uintp(before >> np.int64(32)) + (column >> np.uintp(3))]
+                if (byte >> np.uint8(column & np.uintp(7))) & np.uint8(1):
+                    if commit:
+                        s.synced[slot] = synced
+                    s.best[row] = 0
+                    continue
+            if before >= 0:
+                settle(packed, packed_slots, np.int64(slot))
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
             track = lo
             while track < hi:
-                known = t.token_walk[track * np.uintp(num_tokens) + token]
+                known = t.token_walk[token * num_tracks + track]
                 whole = np.uint32(known)
                 if whole >> np.uint32(31):
                     settled = False
@@ -568,10 +627,13 @@ def walk_kernel(call, slots, tokens):
                         break
                     if state != root:
                         whole = np.uint32(state)
+                        synced = np.int64(-1)
                 if commit:
                     s.state[mine + track - lo] = whole
                 track += np.uintp(1)
             if settled:
+                if commit:
+                    s.synced[slot] = synced
                 s.best[row] = 0
                 continue
             while commit and track > lo:  # take it back
@@ -585,7 +647,7 @@ def walk_kernel(call, slots, tokens):
             s.num_events[0] = events
             return row
         if commit:
-            s.pending[slot] = pending
+            s.pending[slot], s.synced[slot] = pending, -1
             for k in range(max_tracks):
                 s.state[mine + np.uintp(k)] = s.scratch[k]
         s.best[row] = rule + 1

@@ -23,6 +23,7 @@ from streamguard_kernels.advance import (
     is_quiet,
     move,
     output_place,
+    settle,
     state_number,
     unpack_slots,
     unpack_tables,
@@ -320,6 +321,7 @@ def _walk_completes(packed, packed_slots, lo, hi, slot, token, ends, rule_in_gro
     """
     s = unpack_slots(packed_slots)
     first = slot * s.scratch.shape[0]
+    settle(packed, packed_slots, slot)
     for i in range(hi - lo):
         s.scratch[i] = s.state[first + i]
     pending, best, silent = s.pending[slot], np.int64(-1), np.int64(-1)
@@ -344,6 +346,7 @@ def mark_forbidden(
     """
     t, s, r = unpack_tables(packed), unpack_slots(packed_slots), unpack_ranges(packed_ranges)
     p, pending = s.policy[slot], s.pending[slot]
+    settle(packed, packed_slots, slot)
     lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
     num_tokens = t.token_special.shape[0]
     # Tokens that no range speaks for are walked: _WALK and what they do to the text.
@@ -433,6 +436,7 @@ def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logi
             left[num_left] = k
             num_left += 1
             continue
+        settle(packed, packed_slots, slot)
         lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
         if masking[s.policy[slot]] == RANGES_AND_REGEXES:
             for track in range(lo, hi):

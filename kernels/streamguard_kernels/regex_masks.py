@@ -13,6 +13,7 @@ from streamguard_kernels.advance import (
     HIT_BIT,
     STATE_MASK,
     move,
+    settle,
     unpack_slots,
     unpack_tables,
 )
@@ -84,6 +85,7 @@ def states_before_tokens(packed, packed_slots, slot, out):
     """
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     p = s.policy[slot]
+    settle(packed, packed_slots, slot)
     lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
     for track in range(lo, hi):
         state = s.state[slot * s.scratch.shape[0] + track - lo]

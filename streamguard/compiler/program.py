@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
 from streamguard.policy_regexes import regexes_of
-from streamguard_kernels.advance import STATE_MASK, Tables, pack_tables, walk_tokens
+from streamguard_kernels.advance import STATE_MASK, Tables, find_calm, pack_tables, walk_tokens
 from streamguard_kernels.automaton import (
     COLD_FIELDS,
     accepting_groups,
@@ -549,7 +550,9 @@ def _join(
         rule_rank=rank,
         token_offsets=token_offsets,
         token_data=np.concatenate(token_data),
-        token_walk=np.zeros((len(tracks), len(vocabulary)), np.int64),
+        token_walk=np.zeros((len(vocabulary), len(tracks)), np.int64),
+        token_sync=np.zeros((len(policy_tracks) - 1, len(vocabulary)), np.int64),
+        calm=np.zeros(0, np.uint8),
         token_pending=pending,
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,
@@ -568,7 +571,46 @@ def _join(
     packed = pack_tables(tables)
     for track, (_, twin) in enumerate(tracks):
         if twin:
-            tables.token_walk[track] = tables.token_walk[track - 1]
+            tables.token_walk[:, track] = tables.token_walk[:, track - 1]
         else:
-            walk_tokens(address(packed), track, tables.token_walk[track])
-    return tables
+            walk_tokens(address(packed), track, tables.token_walk)
+    calm = [np.zeros(0, np.uint8)]
+    for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
+        apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
+        rows = _sync(tables, address(packed), apart, tables.token_sync[policy])
+        tables.token_sync[policy][tables.token_sync[policy] >= 0] += sum(map(len, calm))
+        calm.append(rows.reshape(-1))
+    return tables._replace(calm=np.concatenate(calm))
+
+
+def _sync(tables: Tables, packed: int, tracks: np.ndarray, token_sync: np.ndarray) -> np.ndarray:
+    """Fill in `Tables.token_sync` of a policy and return its rows of `calm`, from where 0 is.
+
+    tracks  int64[]: of the policy, without twins, which are in step with the track before them if
+    both are in step with the root.
+    """
+    walks = tables.token_walk[:, tracks]
+    ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
+    walks = walks[ordinary]
+    states, row = distinct_rows(walks & STATE_MASK)
+    classes, column = distinct_rows(walks >> 32)
+    calm = np.full((len(states), (len(classes) + 7) // 8), 0xFF, np.uint8)
+    for k, track in enumerate(tracks.tolist()):
+        mine, which = np.unique(states[:, k], return_inverse=True)
+        calm &= find_calm(packed, track, mine, np.ascontiguousarray(classes[:, k]))[which]
+    token_sync[:] = -1
+    token_sync[ordinary] = row * calm.shape[1] | column << 32
+    return calm
+
+
+def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows of int64[num_rows, width], and which of them each row is.
+
+    By hash, since sorting whole rows takes ten times as long; a collision would be noticed.
+    """
+    factors = np.random.default_rng(0).integers(1, 1 << 62, rows.shape[1], np.int64) | 1
+    _, first, which = np.unique(rows @ factors, return_index=True, return_inverse=True)
+    if (rows[first][which] == rows).all():
+        return np.ascontiguousarray(rows[first]), which
+    found, which = np.unique(rows, axis=0, return_inverse=True)
+    return found, which.reshape(-1)
