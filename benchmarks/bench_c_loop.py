@@ -41,14 +41,14 @@ KERNEL, C_LOOP = "kernel", "C loop"
 _REQUIRED = 1.15
 # The fields of `struct loop`, in its order.
 _TABLES = {
-    "trans": "uint32", "class_of": "uint8", "token_end": "uint32", "token_class": "uint8",
+    "trans": "uint32", "class_of": "uint8", "token_walk": "int64", "token_sync": "int64", "calm": "uint8",
     "token_offsets": "int32", "token_data": "uint8", "first_pattern": "int32",
     "next_pattern": "int32", "suffix_link": "int32", "best_rule": "int32", "pattern_rule": "int32",
     "rule_rank": "int32",
 }  # fmt: skip
 _SLOTS = {
-    "policy": "int64", "plain": "uint8", "pending": "int64", "state": "int64", "events": "int64",
-    "num_events": "int64",
+    "policy": "int64", "plain": "uint8", "pending": "int64", "state": "int64", "synced": "int64",
+    "events": "int64", "num_events": "int64",
 }  # fmt: skip
 _NUMBERS = ("root", "num_classes", "num_slots", "num_tokens", "capacity")
 
@@ -88,8 +88,9 @@ class CLoop:
         """Raises LoopUnavailableError."""
         self._function = library().advance
         tables, slots = session._tables, session._slots
-        if len(tables.track_base) != 1 or tables.mapping_form[0] >= 0:
-            raise LoopUnavailableError("c_loop.c walks one track without normal forms")
+        dense = not tables.track_num_cold.any()
+        if len(tables.track_base) != 1 or tables.mapping_form[0] >= 0 or not dense:
+            raise LoopUnavailableError("c_loop.c walks one dense track without normal forms")
         self.slots = slots
         self._loop = _Loop()
         for owner, dtypes in ((tables, _TABLES), (slots, _SLOTS)):
@@ -149,9 +150,8 @@ def prepare(num_literals: int, batch: int) -> Case:
     loop = CLoop(other)
     slots, rows = np.arange(batch), list(stream)
     kernel, arguments = captured("walk_kernel", lambda: inner.advance(slots, rows[0]))
-    # The arrays of one call of `Session.advance`, the last of which takes the result.
     calls = [substituted(arguments, rows[0], row) for row in rows]
-    ours, theirs = arguments[-1], np.empty(batch, np.int64)
+    ours, theirs = inner._slots.best[:batch], np.empty(batch, np.int64)
     c_calls = [loop.call(slots, row, theirs) for row in rows]
 
     for slot in range(batch):  # `captured` has fed it one step
@@ -165,7 +165,8 @@ def prepare(num_literals: int, batch: int) -> Case:
         if not (ours == theirs).all() or not np.array_equal(mine, loop.events()):
             raise AssertionError(f"step {k}: the C loop found something else")
         num_hits += len(mine)
-    if not (inner._slots.state == other._slots.state).all() or not num_hits:
+    states = [[session.snapshot(slot)[0].tolist() for slot in slots] for session in (inner, other)]
+    if states[0] != states[1] or not num_hits:
         raise AssertionError("the C loop is in other states, or there was no hit")
     contestants = {
         KERNEL: Contestant(lambda k: kernel(*calls[k])),

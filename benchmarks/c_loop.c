@@ -10,8 +10,11 @@
 struct loop {
     const uint32_t *trans;       /* next row start | bit 31 = the move completes a match */
     const uint8_t *class_of;     /* [256] */
-    const uint32_t *token_end;   /* [num_tokens] state behind the token, read from the root | bit 31 */
-    const uint8_t *token_class;  /* [num_tokens] class of the token's first byte */
+    const int64_t *token_walk;   /* [num_tokens] state behind the token, read from the root | bit 31 |
+                                  * class of the token's first byte << 32 */
+    const int64_t *token_sync;   /* [num_tokens] row of `calm` behind the token | column << 32; or -1 */
+    const uint8_t *calm;         /* bits: from the row's state the column's class leads where it leads
+                                  * from the root */
     const int32_t *token_offsets;
     const uint8_t *token_data;
     const int32_t *first_pattern, *next_pattern, *suffix_link, *best_rule; /* per state; per pattern */
@@ -19,7 +22,8 @@ struct loop {
     const int64_t *policy;       /* [num_slots] -1 = not guarded */
     const uint8_t *plain;        /* [num_slots] only special tokens end the text */
     const int64_t *pending;      /* [num_slots] unfinished character: none here */
-    int64_t *state;              /* [num_slots] */
+    int64_t *state;              /* [num_slots] where the next is -1 */
+    int64_t *synced;             /* [num_slots] the token that `token_walk` tells the state of | row << 32 */
     int64_t *events;             /* [capacity, 2] (row, rule) */
     int64_t *num_events;
     int64_t root, num_classes, num_slots, num_tokens, capacity;
@@ -60,12 +64,21 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
             continue;
         if (!l->plain[slot] || l->pending[slot])
             return -2;
+        int64_t here = l->token_sync[token], before = l->synced[slot];
+        int64_t synced = here < 0 ? -1 : token | here << 32;
+        if (here >= 0 && before >= 0
+            && l->calm[(before >> 32) + (here >> 35)] >> (here >> 32 & 7) & 1) {
+            l->synced[slot] = synced;
+            continue;
+        }
+        if (before >= 0)
+            l->state[slot] = l->token_walk[before & 0xffffffff] & 0x7fffffff;
         int64_t begin = l->token_offsets[token], end = l->token_offsets[token + 1];
-        uint32_t state = (uint32_t)l->state[slot], whole = l->token_end[token], hit = whole;
+        uint32_t state = (uint32_t)l->state[slot], whole = (uint32_t)l->token_walk[token], hit = whole;
         if (!(whole >> 31)) {
-            uint32_t root = (uint32_t)l->root, class = l->token_class[token];
+            uint32_t root = (uint32_t)l->root, class = (uint32_t)(l->token_walk[token] >> 32);
             uint32_t entry = l->trans[state + class], behind = l->trans[root + class];
-            if (state != root && entry != behind) {
+            if (entry != behind) {
                 uint32_t live = entry & 0x7fffffff;
                 hit = entry;
                 root = behind;
@@ -76,12 +89,15 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
                     live = entry & 0x7fffffff;
                     root = l->trans[root + class];
                 }
-                if (live != root)
+                if (live != root) {
                     whole = live;
+                    synced = -1;
+                }
             }
         }
         if (!(hit >> 31)) {
             l->state[slot] = whole;
+            l->synced[slot] = synced;
             continue;
         }
         int64_t rule = -1;
@@ -92,6 +108,7 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
                 rule = record(l, state, rule, row);
         }
         l->state[slot] = state;
+        l->synced[slot] = -1;
         best[row] = rule + 1;
     }
     return num_rows;

@@ -434,19 +434,40 @@ def walk_tokens(packed, track, walks):
 
 
 @compiled
+def first_classes(packed, track, tokens):
+    """Classes of the first two mapped bytes of each token: int64[num_tokens, 2], -1 = there is none."""
+    t = unpack_tables(packed)
+    classes = np.full((tokens.shape[0], 2), -1, np.int64)
+    for i in range(tokens.shape[0]):
+        at = t.track_mapping[track] * (t.token_special.shape[0] + 1) + tokens[i]
+        begin, end = t.token_offsets[at], t.token_offsets[at + 1]
+        for k in range(min(end - begin, 2)):
+            classes[i, k] = t.class_of[track * 256 + t.token_data[begin + k]]
+    return classes
+
+
+@compiled
 def find_calm(packed, track, states, classes):
     """`Tables.calm` as far as one track is concerned: uint8[num_rows, num_bytes].
 
-    states int64[num_rows], classes int64[num_columns].
+    states int64[num_rows]; classes int64[num_columns, 2]: from `first_classes`.
     """
     t = unpack_tables(packed)
     calm = np.zeros((states.shape[0], (classes.shape[0] + 7) // 8), np.uint8)
     for column in range(classes.shape[0]):
-        behind = move(packed, track, t.track_base[track], classes[column])
         for row in range(states.shape[0]):
-            entry = move(packed, track, states[row], classes[column])
-            if entry == behind and entry >> 31 == 0:
-                calm[row, column >> 3] |= np.uint8(1 << (column & 7))
+            state, root = states[row], t.track_base[track]
+            for k in range(2):
+                if classes[column, k] < 0:
+                    break
+                entry = move(packed, track, state, classes[column, k])
+                if entry >> 31:
+                    break
+                state = np.int64(entry)
+                root = np.int64(move(packed, track, root, classes[column, k])) & STATE_MASK
+                if state == root:
+                    calm[row, column >> 3] |= np.uint8(1 << (column & 7))
+                    break
     return calm
 
 
@@ -575,10 +596,11 @@ def walk_kernel(call, slots, tokens):
             continue
         # Nearly every row: an ordinary token within the text that completes nothing. What this part
         # cannot settle, `_walk_row` does from the start.
-        settled = s.plain[slot] and s.pending[slot] == 0 and not ends_count
-        if settled:
+        before = s.synced[slot]
+        settled = before >= 0 or (s.plain[slot] and s.pending[slot] == 0)
+        if settled and not ends_count:
             p = np.uintp(s.policy[slot])
-            here, before = t.token_sync[p * np.uintp(num_tokens) + token], s.synced[slot]
+            here = t.token_sync[p * np.uintp(num_tokens) + token]
             synced = np.int64(token) | (here << np.int64(32)) if here >= 0 else np.int64(-1)
             if here >= 0 and before >= 0:
                 column = np.uintp(here >> np.int64(32))

@@ -18,7 +18,14 @@ from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
 from streamguard.policy_regexes import regexes_of
-from streamguard_kernels.advance import STATE_MASK, Tables, find_calm, pack_tables, walk_tokens
+from streamguard_kernels.advance import (
+    STATE_MASK,
+    Tables,
+    find_calm,
+    first_classes,
+    pack_tables,
+    walk_tokens,
+)
 from streamguard_kernels.automaton import (
     COLD_FIELDS,
     accepting_groups,
@@ -593,11 +600,13 @@ def _sync(tables: Tables, packed: int, tracks: np.ndarray, token_sync: np.ndarra
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
     walks = walks[ordinary]
     states, row = distinct_rows(walks & STATE_MASK)
-    classes, column = distinct_rows(walks >> 32)
+    firsts = [first_classes(packed, track, ordinary) for track in tracks.tolist()]
+    classes, column = distinct_rows(np.concatenate(firsts, axis=1))
     calm = np.full((len(states), (len(classes) + 7) // 8), 0xFF, np.uint8)
     for k, track in enumerate(tracks.tolist()):
         mine, which = np.unique(states[:, k], return_inverse=True)
-        calm &= find_calm(packed, track, mine, np.ascontiguousarray(classes[:, k]))[which]
+        two = np.ascontiguousarray(classes[:, 2 * k : 2 * k + 2])
+        calm &= find_calm(packed, track, mine, two)[which]
     token_sync[:] = -1
     token_sync[ordinary] = row * calm.shape[1] | column << 32
     return calm

@@ -19,7 +19,7 @@ from streamguard.compiler.regex_nfa import Nfa, RegexError, parse
 MAX_STATES = 10_000
 MAX_POLICY_STATES = 50_000
 #: Most states over characters that several regexes share, and how many automata each may try.
-MAX_SHARED = 300
+MAX_SHARED = 1_000
 _TRIED = 3
 #: Mapped bytes of a character in a stream: 4 and both marks.
 _MOST_BYTES = 6
