@@ -434,14 +434,14 @@ def walk_tokens(packed, track, walks):
 
 
 @compiled
-def first_classes(packed, track, tokens):
-    """Classes of the first two mapped bytes of each token: int64[num_tokens, 2], -1 = there is none."""
+def first_classes(packed, track, tokens, width):
+    """Classes of the first mapped bytes of each token: int64[num_tokens, width], -1 = there is none."""
     t = unpack_tables(packed)
-    classes = np.full((tokens.shape[0], 2), -1, np.int64)
+    classes = np.full((tokens.shape[0], width), -1, np.int64)
     for i in range(tokens.shape[0]):
         at = t.track_mapping[track] * (t.token_special.shape[0] + 1) + tokens[i]
         begin, end = t.token_offsets[at], t.token_offsets[at + 1]
-        for k in range(min(end - begin, 2)):
+        for k in range(min(end - begin, width)):
             classes[i, k] = t.class_of[track * 256 + t.token_data[begin + k]]
     return classes
 
@@ -450,14 +450,14 @@ def first_classes(packed, track, tokens):
 def find_calm(packed, track, states, classes):
     """`Tables.calm` as far as one track is concerned: uint8[num_rows, num_bytes].
 
-    states int64[num_rows]; classes int64[num_columns, 2]: from `first_classes`.
+    states int64[num_rows]; classes int64[num_columns, width]: from `first_classes`.
     """
     t = unpack_tables(packed)
     calm = np.zeros((states.shape[0], (classes.shape[0] + 7) // 8), np.uint8)
     for column in range(classes.shape[0]):
         for row in range(states.shape[0]):
             state, root = states[row], t.track_base[track]
-            for k in range(2):
+            for k in range(classes.shape[1]):
                 if classes[column, k] < 0:
                     break
                 entry = move(packed, track, state, classes[column, k])

@@ -54,6 +54,8 @@ MAX_TABLE_BYTES = 1 << 30
 #: states as fit in here. More rows gain nothing: only the shallow states are visited often.
 DENSE_BYTES = 256 << 20
 HOT_BYTES = 32 << 20
+CALM_BYTES = 2 << 20
+WIDTHS = (4, 3, 2)
 
 
 @dataclass(frozen=True)
@@ -600,13 +602,16 @@ def _sync(tables: Tables, packed: int, tracks: np.ndarray, token_sync: np.ndarra
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
     walks = walks[ordinary]
     states, row = distinct_rows(walks & STATE_MASK)
-    firsts = [first_classes(packed, track, ordinary) for track in tracks.tolist()]
-    classes, column = distinct_rows(np.concatenate(firsts, axis=1))
+    for width in (*WIDTHS, 1):
+        firsts = [first_classes(packed, track, ordinary, width) for track in tracks.tolist()]
+        classes, column = distinct_rows(np.concatenate(firsts, axis=1))
+        if len(states) * len(classes) <= 8 * CALM_BYTES:
+            break
     calm = np.full((len(states), (len(classes) + 7) // 8), 0xFF, np.uint8)
     for k, track in enumerate(tracks.tolist()):
         mine, which = np.unique(states[:, k], return_inverse=True)
-        two = np.ascontiguousarray(classes[:, 2 * k : 2 * k + 2])
-        calm &= find_calm(packed, track, mine, two)[which]
+        first = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
+        calm &= find_calm(packed, track, mine, first)[which]
     token_sync[:] = -1
     token_sync[ordinary] = row * calm.shape[1] | column << 32
     return calm
