@@ -165,7 +165,7 @@ def prepare(num_literals: int, batch: int) -> Case:
         if not (ours == theirs).all() or not np.array_equal(mine, loop.events()):
             raise AssertionError(f"step {k}: the C loop found something else")
         num_hits += len(mine)
-    states = [[session.snapshot(slot)[0].tolist() for slot in slots] for session in (inner, other)]
+    states = [[session.snapshot(k)[0].tolist() for k in range(batch)] for session in (inner, other)]
     if states[0] != states[1] or not num_hits:
         raise AssertionError("the C loop is in other states, or there was no hit")
     contestants = {

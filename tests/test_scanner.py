@@ -23,6 +23,8 @@ from streamguard.compiler.program import Program
 from streamguard.policy import NORMAL_FORMS, Policy
 from streamguard.scanner import Match, Scanner
 
+pytestmark = pytest.mark.usefixtures("layout")
+
 LITERALS = (
     "bomb", "omb", "b", "bob", "o b", "ss", "straße", "i\u0307", "k", "ﬁ", "e\u0301", "中文", "😀b",
     "-b", "- -", "\u0301", " ", "bo mb", "1.0", "Sſ", "kill him", "b o", "b.o-m", "1l", "vіа", "Νο", "m",

@@ -482,3 +482,42 @@ def test_empty_batches_are_fine() -> None:
 def test_special_tokens_of_the_cases_are_where_the_tests_expect_them() -> None:
     shown = [VOCABULARY.token_bytes[i] for i in (START, EOS, SHOWN_BOMB, SHOWN_OM, SHOWN_SPACE)]
     assert tuple(shown) == SPECIALS
+
+
+def test_the_joint_shortcut_changes_nothing_but_time(seed: int) -> None:
+    # One session takes it; the other has no row in `calm` for any token, and walks.
+    rng = random.Random(seed)
+    num_taken = 0
+    for _ in range(25):
+        rules = random_rules(rng, LITERALS, rng.randint(1, 5))
+        quick, slow = (program(policy(*rules), VOCABULARY) for _ in range(2))
+        slow.tables.token_sync[:] = -1
+        one, other = Session(quick, 3), Session(slow, 3)
+        for slot in range(3):
+            prompt, hidden = random_tokens(rng, 8)[: rng.randint(0, 6)], rng.random() < 0.7
+            for each in (one, other):
+                each.reset(slot, prompt, hide_special_tokens=hidden)
+        streams = [random_tokens(rng, 40) for _ in range(3)]
+        for step in zip(*streams, strict=False):
+            others = [rng.choice(tokens) for tokens in streams]
+            assert one.peek([0, 1, 2], others).tolist() == other.peek([0, 1, 2], others).tolist()
+            assert one.advance([0, 1, 2], step).tolist() == other.advance([0, 1, 2], step).tolist()
+            assert one.events() == other.events()
+            num_taken += int((one._slots.synced >= 0).sum())
+            if rng.random() < 0.3:
+                assert one.would_close([0, 1, 2]).tolist() == other.would_close([0, 1, 2]).tolist()
+            if rng.random() < 0.3:
+                slot = rng.randrange(3)
+                assert one.forbidden(slot).tolist() == other.forbidden(slot).tolist()
+                assert one.snapshot(slot)[0].tolist() == other.snapshot(slot)[0].tolist()
+    assert num_taken > 300
+
+
+def test_a_word_of_one_letter_begins_at_separators_and_at_no_other_letter() -> None:
+    # No pattern of such a list holds a separator, which then shared a class with unknown letters.
+    one = session(rule("halt", "b", forms=("separators",), word=True))
+    vocabulary_of = {bytes([byte]): TOKENS[bytes([byte])] for byte in b"zb ."}
+    for text, found in ((b"zb ", False), (b" b ", True), (b"z.b.", True), (b"b", False)):
+        one.reset(0)
+        tokens = [vocabulary_of[bytes([byte])] for byte in text]
+        assert one.advance([0] * len(tokens), tokens).any() == found, text

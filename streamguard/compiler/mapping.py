@@ -6,6 +6,7 @@ characters. It works character by character, so it needs no context beyond unfin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,6 +85,12 @@ class Mapping:
             if self.separators:
                 found.append(inner + _SEPARATOR)
         return tuple(found)
+
+    def all_patterns(self, literals: Iterable[str]) -> list[bytes]:
+        """`patterns` of many literals: 0.1 µs each as they are, 4 µs each under normal forms."""
+        if self.is_identity:
+            return [literal.encode() for literal in literals]
+        return [pattern for literal in literals for pattern in self.patterns(literal)]
 
 
 def mark(read: str, separators: bool = False) -> bytes:

@@ -330,10 +330,9 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
             if mapping not in mappings:
                 mappings.append(mapping)
             literals = [
-                (i, literal)
+                (i, rule.literals)
                 for i, rule in mine
                 if Mapping(rule.normalize, rule.boundary) == mapping
-                for literal in rule.literals
             ]
             automaton = _build(
                 mapping, literals, rank, group, num_entries, policies.policies[name].source
@@ -381,15 +380,16 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
 
 def _build(
     mapping: Mapping,
-    literals: list[tuple[int, str]],
+    literals: list[tuple[int, tuple[str, ...]]],
     rank: np.ndarray,
     group: np.ndarray,
     base: int,
     source: str,
 ) -> _Automaton:
-    spelled = [(rule, mapping.patterns(literal)) for rule, literal in literals]
-    patterns = [pattern for _, found in spelled for pattern in found]
-    pattern_rule = np.array([rule for rule, found in spelled for _ in found], np.int32)
+    found = [mapping.all_patterns(of_rule) for _, of_rule in literals]
+    patterns = [pattern for of_rule in found for pattern in of_rule]
+    rules = np.array([rule for rule, _ in literals], np.int32)
+    pattern_rule = np.repeat(rules, [len(of_rule) for of_rule in found])
     data = np.frombuffer(bytearray(b"".join(patterns)), np.uint8)
     offsets = np.concatenate(
         [np.zeros(1, np.int64), np.cumsum(np.fromiter(map(len, patterns), np.int64))]
