@@ -10,7 +10,6 @@ import numpy as np
 
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, STOP
-from streamguard_kernels.advance import Tables, pack_tables
 from streamguard_kernels.packing import address
 from streamguard_kernels.scan import (
     CALL_SIZE,
@@ -29,6 +28,7 @@ from streamguard_kernels.scan import (
     pack_reading,
     scan_kernel,
 )
+from streamguard_kernels.tables import Tables, pack_tables
 from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _BLOCK = 1 << 16

@@ -27,7 +27,6 @@ from streamguard_kernels.advance import (
     close_prompts,
     end_groups,
     pack_slots,
-    pack_tables,
     settle,
     walk_kernel,
 )
@@ -41,6 +40,7 @@ from streamguard_kernels.lookahead import (
 )
 from streamguard_kernels.packing import address
 from streamguard_kernels.regex_masks import states_before_tokens
+from streamguard_kernels.tables import pack_tables
 from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _EVENTS = _ROWS = 4096

@@ -76,9 +76,9 @@ def seed() -> int:
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, seed: int) -> str:
     """Run a test with both layouts of transition tables; the packed one with rows for few states."""
     if request.param == "packed":
-        monkeypatch.setattr("streamguard.compiler.program.DENSE_BYTES", 0)
+        monkeypatch.setattr("streamguard.compiler.automaton.DENSE_BYTES", 0)
         hot_bytes = random.Random(seed).choice([0, 500, 4000])
-        monkeypatch.setattr("streamguard.compiler.program.HOT_BYTES", hot_bytes)
+        monkeypatch.setattr("streamguard.compiler.automaton.HOT_BYTES", hot_bytes)
     return str(request.param)
 
 

@@ -117,8 +117,8 @@ def program() -> Program:
 @pytest.fixture
 def packed_program(monkeypatch: pytest.MonkeyPatch) -> Program:
     """The same, but only few states have a row of their own."""
-    monkeypatch.setattr("streamguard.compiler.program.DENSE_BYTES", 0)
-    monkeypatch.setattr("streamguard.compiler.program.HOT_BYTES", 1000)
+    monkeypatch.setattr("streamguard.compiler.automaton.DENSE_BYTES", 0)
+    monkeypatch.setattr("streamguard.compiler.automaton.HOT_BYTES", 1000)
     return make_program()
 
 

@@ -14,6 +14,7 @@ import torch
 import triton.language as tl
 
 from streamguard_kernels import advance, lookahead
+from streamguard_kernels.tables import Tables
 from streamguard_kernels.utf8 import BEFORE_NONWORD, SEPARATOR_BYTE
 
 # Groups of rules, the bits of `Tables.groups`.
@@ -34,7 +35,7 @@ NOTHING, EVERY, SUFFICE, CANDIDATES = (tl.constexpr(way) for way in (-1, 0, 1, 2
 
 
 class DeviceTables(NamedTuple):
-    """`advance.Tables` on a device, with what a verdict needs; frozen. Made by `to_device`.
+    """`tables.Tables` on a device, with what a verdict needs; frozen. Made by `to_device`.
 
     trans, cold      int32[num_entries], int32[num_cold * 3]: as in `Tables`, bit 31 is the sign
     class_of         uint8[num_tracks, 256]
@@ -175,7 +176,7 @@ def new_slots(
 
 
 def to_device(
-    tables: advance.Tables,
+    tables: Tables,
     ranges: lookahead.Ranges | None,
     *,
     rule_group: Sequence[int],
@@ -307,7 +308,7 @@ def to_device(
     )
 
 
-def _masking(tables: advance.Tables, stops: np.ndarray) -> list[int]:
+def _masking(tables: Tables, stops: np.ndarray) -> list[int]:
     """How each policy is masked, as `lookahead.apply_ranges` has it; stops: it has stop rules."""
     found = []
     for p, (low, high) in enumerate(pairwise(tables.policy_tracks)):

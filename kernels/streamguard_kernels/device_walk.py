@@ -78,14 +78,14 @@ def lanes_of(t, track):
 
 @triton.jit
 def state_number(state, base, classes, limit):
-    """The number of a state, counted from the root by depth; see `advance.state_number`."""
+    """The number of a state, counted from the root by depth; see `tables.state_number`."""
     cold = (limit - base) // classes + state - limit
     return tl.where(state < limit, (state - base) // classes, cold)
 
 
 @triton.jit
 def _output_place(t, lane, state, hit):
-    """Where the outputs of accept states stand; see `advance.output_place`."""
+    """Where the outputs of accept states stand; see `tables.output_place`."""
     number = state_number(state, lane[1], lane[2], lane[7])
     packed = hit & (tl.load(lane[8] + 13) != 0)
     if _any(packed):
@@ -103,7 +103,7 @@ def _output_place(t, lane, state, hit):
 
 @triton.jit
 def _move_cold(t, lane, state, kind, cold):
-    """Entries of the lanes whose states have no row; see `advance.move`."""
+    """Entries of the lanes whose states have no row; see `tables.move`."""
     base, classes, limit, fields = lane[1], lane[2], lane[7], lane[8]
     first, num_cold = tl.load(fields + 12), tl.load(fields + 13)
     separator = tl.load(fields + 16)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamguard_kernels.advance import (
+from streamguard_kernels.automaton import COLD_FIELDS
+from streamguard_kernels.compiled import compiled
+from streamguard_kernels.tables import (
     STATE_MASK,
     output_place,
     state_number,
     state_of,
     unpack_tables,
 )
-from streamguard_kernels.automaton import COLD_FIELDS
-from streamguard_kernels.compiled import compiled
 
 #: In place of a hold depth: nothing is known of where a live partial match of this state begins.
 UNKNOWN = -1

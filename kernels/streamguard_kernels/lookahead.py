@@ -14,22 +14,24 @@ from typing import NamedTuple
 import numpy as np
 
 from streamguard_kernels.advance import (
-    HIT_BIT,
     LAST,
-    STATE_MASK,
     UNSEEN,
     feed_end,
     feed_token,
-    is_quiet,
-    move,
-    output_place,
     settle,
-    state_number,
     unpack_slots,
-    unpack_tables,
 )
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
+from streamguard_kernels.tables import (
+    HIT_BIT,
+    STATE_MASK,
+    is_quiet,
+    move,
+    output_place,
+    state_number,
+    unpack_tables,
+)
 from streamguard_kernels.utf8 import REPLACEMENT, SEPARATOR_BYTE, map_character
 
 _WALK = 4

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamguard_kernels.advance import (
+from streamguard_kernels.advance import settle, unpack_slots
+from streamguard_kernels.compiled import borrowing, compiled
+from streamguard_kernels.tables import (
     HIT_BIT,
     STATE_MASK,
     move,
-    settle,
-    unpack_slots,
     unpack_tables,
 )
-from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.utf8 import REPLACEMENT, map_character
 
 

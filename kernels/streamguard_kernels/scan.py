@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streamguard_kernels.advance import (
+from streamguard_kernels.compiled import borrowing, compiled
+from streamguard_kernels.hold import UNKNOWN
+from streamguard_kernels.packing import pack, unpacker
+from streamguard_kernels.tables import (
     HIT_BIT,
     STATE_MASK,
     move,
@@ -14,9 +17,6 @@ from streamguard_kernels.advance import (
     state_number,
     unpack_tables,
 )
-from streamguard_kernels.compiled import borrowing, compiled
-from streamguard_kernels.hold import UNKNOWN
-from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
     REPLACEMENT,

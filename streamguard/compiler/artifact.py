@@ -29,8 +29,8 @@ from streamguard.compiler.rules import RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import ArtifactError
 from streamguard.policy import Policy, PolicySet, Rule
-from streamguard_kernels.advance import Tables
 from streamguard_kernels.lookahead import Ranges
+from streamguard_kernels.tables import Tables
 
 MAGIC = b"streamguard-art\n"
 #: Raise it when the layout of the file or of `Tables` or `Ranges` changes.

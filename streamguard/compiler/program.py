@@ -10,33 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from streamguard.compiler.automaton import MAX_TABLE_BYTES, Automaton, build_literals, build_regexes
 from streamguard.compiler.mapping import Mapping, character_tables
-from streamguard.compiler.regex_outputs import outputs_of
-from streamguard.compiler.regexes import Regex, RegexTrack, tracks_of
+from streamguard.compiler.regexes import tracks_of
 from streamguard.compiler.rules import MASK, OBSERVE, STOP, CompiledRule, RuleTable
+from streamguard.compiler.shortcuts import synchronise
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
 from streamguard.policy import PolicySet
 from streamguard.policy_regexes import regexes_of
-from streamguard_kernels.advance import (
-    STATE_MASK,
-    Tables,
-    find_calm,
-    first_classes,
-    pack_tables,
-    walk_tokens,
-)
-from streamguard_kernels.automaton import (
-    COLD_FIELDS,
-    accepting_groups,
-    build_trie,
-    byte_classes,
-    collect_outputs,
-    link_trie,
-    pack_cold,
-    pack_rows,
-    sort_patterns,
-)
 from streamguard_kernels.hold import UNKNOWN, hold_depths
 from streamguard_kernels.lookahead import (
     Ranges,
@@ -46,60 +28,9 @@ from streamguard_kernels.lookahead import (
     tokens_with_whole_patterns,
 )
 from streamguard_kernels.packing import address
-from streamguard_kernels.utf8 import AFTER_NONWORD, BEFORE_NONWORD, SEPARATOR_BYTE, map_tokens
-
-#: Most bytes that the transition tables of one policy set may take.
-MAX_TABLE_BYTES = 1 << 30
-#: A track's table is dense as long as all dense ones fit in here; else packed, with rows for as many
-#: states as fit in here. More rows gain nothing: only the shallow states are visited often.
-DENSE_BYTES = 256 << 20
-HOT_BYTES = 32 << 20
-CALM_BYTES = 2 << 20
-WIDTHS = (4, 3, 2)
-
-
-@dataclass(frozen=True)
-class _Automaton:
-    """One track's own tables, before they are joined.
-
-    start    entry of the state at the start of a text. longest: mapped bytes of its longest match.
-    twin     whether a second track reads the output as a text of its own.
-    regex    whether it was made from regexes: it has no pattern bytes and no failure links then.
-    cold     records of the states without a row, accepts the numbers of accept states; both empty if
-             the layout is dense.
-    """
-
-    mapping: Mapping
-    pattern_data: np.ndarray
-    pattern_offsets: np.ndarray
-    pattern_rule: np.ndarray
-    class_of: np.ndarray
-    packed: np.ndarray
-    num_states: int
-    num_classes: int
-    failure: np.ndarray
-    first_pattern: np.ndarray
-    next_pattern: np.ndarray
-    suffix_link: np.ndarray
-    best_rule: np.ndarray
-    groups: np.ndarray
-    quiet: np.ndarray
-    pattern_length: np.ndarray
-    start: int
-    longest: int
-    twin: bool
-    regex: bool = False
-    cold: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
-    accepts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-
-    @property
-    def num_walked(self) -> int:
-        """States that patterns lead to; quiet ones follow them."""
-        return len(self.failure)
-
-    @property
-    def num_cold(self) -> int:
-        return len(self.cold) // COLD_FIELDS
+from streamguard_kernels.shortcuts import walk_tokens
+from streamguard_kernels.tables import Tables, pack_tables
+from streamguard_kernels.utf8 import map_tokens
 
 
 @dataclass(frozen=True)
@@ -116,7 +47,7 @@ class Program:
     compile_seconds: float
     max_tracks: int
     max_depth: int
-    _automata: tuple[_Automaton, ...] = field(repr=False)
+    _automata: tuple[Automaton, ...] = field(repr=False)
     _track_automaton: tuple[int, ...] = field(repr=False)
     #: Per policy what all readings of text share; `scanner` fills it.
     scan_plans: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -255,7 +186,7 @@ class Program:
             wanted = (rule_group[automaton.pattern_rule] & group).astype(np.uint8)
 
             def own_ranges(
-                shortest: int, automaton: _Automaton = automaton, wanted: np.ndarray = wanted,
+                shortest: int, automaton: Automaton = automaton, wanted: np.ndarray = wanted,
                 track: int = track, tokens: np.ndarray = tokens, offsets: np.ndarray = offsets,
             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
                 ranges: tuple[np.ndarray, np.ndarray, np.ndarray] = build_own_ranges(
@@ -319,7 +250,7 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
     group = np.array([r.group for r in rules], np.uint8)
 
     mappings: list[Mapping] = []
-    automata: list[_Automaton] = []
+    automata: list[Automaton] = []
     tracks: list[tuple[int, bool]] = []  # automaton, twin
     policy_tracks = [0]
     num_entries = 0
@@ -334,7 +265,7 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
                 for i, rule in mine
                 if Mapping(rule.normalize, rule.boundary) == mapping
             ]
-            automaton = _build(
+            automaton = build_literals(
                 mapping, literals, rank, group, num_entries, policies.policies[name].source
             )
             num_entries += automaton.packed.size
@@ -350,7 +281,7 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
             *tracks_of([regex for _, regex in regex_rules if regex in withheld]),
             *tracks_of(list(observed)),
         ):
-            automaton = _build_regexes(track, regex_rules, rank, group, num_entries)
+            automaton = build_regexes(track, regex_rules, rank, group, num_entries)
             if automaton.mapping not in mappings:
                 mappings.append(automaton.mapping)
             num_entries += automaton.packed.size
@@ -378,121 +309,10 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
     )
 
 
-def _build(
-    mapping: Mapping,
-    literals: list[tuple[int, tuple[str, ...]]],
-    rank: np.ndarray,
-    group: np.ndarray,
-    base: int,
-    source: str,
-) -> _Automaton:
-    found = [mapping.all_patterns(of_rule) for _, of_rule in literals]
-    patterns = [pattern for of_rule in found for pattern in of_rule]
-    rules = np.array([rule for rule, _ in literals], np.int32)
-    pattern_rule = np.repeat(rules, [len(of_rule) for of_rule in found])
-    data = np.frombuffer(bytearray(b"".join(patterns)), np.uint8)
-    offsets = np.concatenate(
-        [np.zeros(1, np.int64), np.cumsum(np.fromiter(map(len, patterns), np.int64))]
-    )
-    # A class of its own for separators, though no pattern may hold one: they begin words.
-    every = np.append(data, np.uint8(SEPARATOR_BYTE)) if mapping.separators else data
-    class_of, num_classes = byte_classes(every)
-    most = (MAX_TABLE_BYTES - 4 * base) // (4 * COLD_FIELDS)
-    label, children, end_state = build_trie(
-        data, offsets, sort_patterns(data, offsets), class_of, most
-    )
-    if not len(label):
-        raise PolicyError(
-            f"{source}: {len(patterns):,} patterns of {len(data):,} bytes need {int(children[0]):,} "
-            f"states; allowed: {most:,} ({MAX_TABLE_BYTES >> 20} MiB of tables). Split the list "
-            f"over several policies, or drop long patterns."
-        )
-    num_states = len(label)
-    num_hot = num_states
-    if 4 * (base + num_states * num_classes) > DENSE_BYTES:
-        num_hot = min(num_states - 1, max(1, HOT_BYTES // (4 * num_classes)))
-    separator = int(class_of[SEPARATOR_BYTE]) if mapping.separators else -1
-    # A separator begins a word as well as the mark does.
-    alias = separator if mapping.wrap else -1
-    failure, rows = link_trie(
-        label, children, num_hot, num_classes, alias, int(class_of[AFTER_NONWORD])
-    )
-    groups = accepting_groups(end_state, pattern_rule, group, failure)
-    packed = pack_rows(rows, groups, label, base, separator)
-    start = int(packed[class_of[AFTER_NONWORD]]) & STATE_MASK if mapping.wrap else base
-    cold, accepts = np.zeros(0, np.uint32), np.zeros(0, np.int32)
-    place = np.arange(num_states, dtype=np.int32)
-    num_places = num_states
-    quiet = np.zeros(num_states, np.int32)
-    if num_hot < num_states:
-        cold = pack_cold(label, children, failure, groups, num_hot, num_classes, base)
-        accepts = np.flatnonzero(groups).astype(np.int32)
-        place = np.where(groups, np.cumsum(groups != 0), 0).astype(np.int32)
-        num_places = len(accepts) + 1
-        quiet = np.zeros(num_places, np.int32)
-        groups = np.concatenate([np.zeros(1, np.uint8), groups[accepts]])
-    elif mapping.wrap:
-        ends = [BEFORE_NONWORD, SEPARATOR_BYTE] if mapping.separators else [BEFORE_NONWORD]
-        packed, quiet = _add_quiet_states(packed, num_classes, class_of[ends])
-    first, following, suffix, best = collect_outputs(
-        place, num_places, end_state, pattern_rule, rank, failure
-    )
-    more = len(quiet) - num_places
-    length = np.diff(offsets) - mapping.wrap
-    return _Automaton(
-        mapping, data, offsets, pattern_rule, class_of, packed, num_states + more, num_classes,
-        failure, np.pad(first, (0, more), constant_values=-1), following, np.pad(suffix, (0, more)),
-        np.pad(best, (0, more), constant_values=-1), np.pad(groups, (0, more)), quiet, length, start,
-        int(length.max()) + mapping.wrap, mapping.wrap, cold=cold, accepts=accepts,
-    )  # fmt: skip
-
-
-def _build_regexes(
-    track: RegexTrack,
-    regex_rules: list[tuple[int, Regex]],
-    rank: np.ndarray,
-    group: np.ndarray,
-    base: int,
-) -> _Automaton:
-    dfa, no_bytes = track.dfa, np.zeros(0, np.uint8)
-    num_states, num_classes = dfa.goto.shape
-    rules = [[i for i, owned in regex_rules if owned == regex] for regex in track.regexes]
-    out = outputs_of(dfa, rules, rank, group)
-    # Characters, not raw bytes: to a reader a broken byte is a U+FFFD, which classes may take.
-    mapping = Mapping((), "word") if track.marks else Mapping(characters=True)
-    return _Automaton(
-        mapping, no_bytes, np.zeros(1, np.int64), out.pattern_rule, dfa.class_of,
-        pack_rows(dfa.goto, out.groups, np.zeros(0, np.uint8), base, -1), num_states, num_classes,
-        np.zeros(num_states, np.int32), out.first_pattern, out.next_pattern,
-        np.zeros(num_states, np.int32), out.best_rule, out.groups,
-        np.where(dfa.idle, -1, dfa.quiet).astype(np.int32), out.pattern_length,
-        base + dfa.start * num_classes, track.longest, track.marks or track.starts, regex=True,
-    )  # fmt: skip
-
-
-def _add_quiet_states(
-    packed: np.ndarray, num_classes: int, ends: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Copy each state in which a word lacks only what ends it; the copy's move on that is silent.
-
-    A prompt that ends in a whole word leaves its track in such a copy: whatever follows closes that
-    word, which the model did not write, and longer patterns go on.
-    packed  uint32[num_states * num_classes]; ends: byte classes of what ends words.
-    Returns the same with the copies behind, and int32[num_states]: the copy of each state, 0 = none.
-    """
-    rows = packed.reshape(-1, num_classes)
-    closed = np.flatnonzero((rows[:, ends] >> 31).any(axis=1))
-    copies = rows[closed].copy()
-    copies[:, ends] &= STATE_MASK
-    quiet = np.zeros(len(rows) + len(closed), np.int32)
-    quiet[closed] = len(rows) + np.arange(len(closed))
-    return np.concatenate([packed, copies.reshape(-1)]), quiet
-
-
 def _join(
     vocabulary: Vocabulary,
     mappings: list[Mapping],
-    automata: list[_Automaton],
+    automata: list[Automaton],
     tracks: list[tuple[int, bool]],
     policy_tracks: list[int],
     rank: np.ndarray,
@@ -586,45 +406,7 @@ def _join(
     calm = [np.zeros(0, np.uint8)]
     for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
         apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
-        rows = _sync(tables, address(packed), apart, tables.token_sync[policy])
+        rows = synchronise(tables, address(packed), apart, tables.token_sync[policy])
         tables.token_sync[policy][tables.token_sync[policy] >= 0] += sum(map(len, calm))
         calm.append(rows.reshape(-1))
     return tables._replace(calm=np.concatenate(calm))
-
-
-def _sync(tables: Tables, packed: int, tracks: np.ndarray, token_sync: np.ndarray) -> np.ndarray:
-    """Fill in `Tables.token_sync` of a policy and return its rows of `calm`, from where 0 is.
-
-    tracks  int64[]: of the policy, without twins, which are in step with the track before them if
-    both are in step with the root.
-    """
-    walks = tables.token_walk[:, tracks]
-    ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
-    walks = walks[ordinary]
-    states, row = distinct_rows(walks & STATE_MASK)
-    for width in (*WIDTHS, 1):
-        firsts = [first_classes(packed, track, ordinary, width) for track in tracks.tolist()]
-        classes, column = distinct_rows(np.concatenate(firsts, axis=1))
-        if len(states) * len(classes) <= 8 * CALM_BYTES:
-            break
-    calm = np.full((len(states), (len(classes) + 7) // 8), 0xFF, np.uint8)
-    for k, track in enumerate(tracks.tolist()):
-        mine, which = np.unique(states[:, k], return_inverse=True)
-        first = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
-        calm &= find_calm(packed, track, mine, first)[which]
-    token_sync[:] = -1
-    token_sync[ordinary] = row * calm.shape[1] | column << 32
-    return calm
-
-
-def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows of int64[num_rows, width], and which of them each row is.
-
-    By hash, since sorting whole rows takes ten times as long; a collision would be noticed.
-    """
-    factors = np.random.default_rng(0).integers(1, 1 << 62, rows.shape[1], np.int64) | 1
-    _, first, which = np.unique(rows @ factors, return_index=True, return_inverse=True)
-    if (rows[first][which] == rows).all():
-        return np.ascontiguousarray(rows[first]), which
-    found, which = np.unique(rows, axis=0, return_inverse=True)
-    return found, which.reshape(-1)

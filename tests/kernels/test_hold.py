@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from guard_cases import policy, program, rule
 
-from streamguard_kernels.advance import move, pack_tables, state_number
 from streamguard_kernels.hold import hold_depths
 from streamguard_kernels.packing import address
 from streamguard_kernels.reference import longest_live_suffix
+from streamguard_kernels.tables import move, pack_tables, state_number
 
 pytestmark = pytest.mark.usefixtures("layout")
 

@@ -7,9 +7,9 @@ import pytest
 from guard_cases import policy, program, rule
 from numba import njit
 
-from streamguard_kernels.advance import Tables, pack_tables, unpack_tables
 from streamguard_kernels.lookahead import Ranges, pack_ranges, unpack_ranges
 from streamguard_kernels.packing import address, pack
+from streamguard_kernels.tables import Tables, pack_tables, unpack_tables
 
 
 @njit
