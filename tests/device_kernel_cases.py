@@ -246,7 +246,7 @@ class Engine:
         s.policy[slot] = int(session._slots.policy[slot])
         s.plain[slot] = int(session._slots.plain[slot])
         s.hidden[slot] = int(session._slots.hidden[slot])
-        s.state[slot] = torch.from_numpy(session._slots.state[slot].copy())
+        s.state[slot] = torch.from_numpy(session.snapshot(slot)[0])
         s.pending[slot] = int(session._slots.pending[slot])
         ends = session._slots.end_tokens[slot]
         s.end_tokens[slot, : len(ends)] = torch.from_numpy(ends.astype(np.int32))
@@ -327,7 +327,7 @@ class Engine:
         p = self.program.policies.index(request.policy)
         width = int(np.diff(self.program.tables.policy_tracks)[p])
         where = f"slot {slot}, {request}"
-        assert s.state[slot, :width].tolist() == session._slots.state[slot, :width].tolist(), where
+        assert s.state[slot, :width].tolist() == session.snapshot(slot)[0][:width].tolist(), where
         assert int(s.pending[slot]) == int(session._slots.pending[slot]), where
         assert int(s.seen[slot]) == len(request.tokens), where
         progress = self.host._progress[slot]

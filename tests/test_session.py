@@ -25,6 +25,7 @@ from guard_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from streamguard.compiler.program import Program
 from streamguard.errors import ShapeError
@@ -302,6 +303,13 @@ def test_prompt_and_output_are_read_as_the_oracle_reads_them(seed: int) -> None:
         assert hits_per_token(one, 0, output) == expected, (oracle.prompt, oracle.output)
 
 
+def assert_alike(one: Session, slot: int, other: int, tracks: NDArray[np.bool_]) -> None:
+    """Two slots are in the same state, as far as some tracks go."""
+    (states, pending), (others, other_pending) = one.snapshot(slot), one.snapshot(other)
+    assert states[tracks].tolist() == others[tracks].tolist()
+    assert pending == other_pending
+
+
 def test_long_prompt_gives_the_state_of_feeding_all_of_it(seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(40):
@@ -320,15 +328,10 @@ def test_long_prompt_gives_the_state_of_feeding_all_of_it(seed: int) -> None:
         twins = one.program.tables.track_twin[: one.program.max_tracks].astype(bool)
         for fed, seeded in ((0, 1), (2, 3)):
             # The output's own reading starts anew: leave it out of the comparison.
-            assert (
-                one._slots.state[fed][~twins].tolist() == one._slots.state[seeded][~twins].tolist()
-            )
-            assert one._slots.pending[fed] == one._slots.pending[seeded]
+            assert_alike(one, fed, seeded, ~twins)
             fill(one, fed, output)
             fill(one, seeded, output)
-            assert (
-                one._slots.state[fed][~twins].tolist() == one._slots.state[seeded][~twins].tolist()
-            )
+            assert_alike(one, fed, seeded, ~twins)
 
 
 def test_long_prompt_of_characters_in_many_tokens_keeps_its_whole_tail() -> None:
@@ -378,11 +381,11 @@ def test_peek_commits_nothing(seed: int) -> None:
     one = session(*MIXED)
     one.reset(0)
     for token in random_tokens(rng, 60):
-        before = one._slots.state.copy(), one._slots.pending.copy()
+        states, pending = one.snapshot(0)
         others = rng.choices(range(len(VOCABULARY)), k=20)
         one.peek([0] * 20, others, last=[rng.random() < 0.5 for _ in others])
-        assert np.array_equal(before[0], one._slots.state)
-        assert np.array_equal(before[1], one._slots.pending)
+        assert np.array_equal(states, one.snapshot(0)[0])
+        assert pending == one.snapshot(0)[1]
         one.advance([0], [token])
 
 
