@@ -16,6 +16,7 @@ from streamguard.commands.terminal import (
     Lenient,
     count,
     print_table,
+    progress_bar,
     read_policies,
     size,
     spinner,
@@ -120,10 +121,12 @@ def _compile(policies: PolicySet, tokenizer: str) -> dict[str, Any]:
     from streamguard.compiler.program import compile_program
     from streamguard.compiler.vocabulary import Vocabulary
 
-    with spinner("compiling the policy (the first time on a machine takes longer)"):
+    with progress_bar(
+        "compiling the policy (the first time on a machine takes longer)"
+    ) as on_progress:
         vocabulary = Vocabulary.from_tokenizer(tokenizer)
         started = time.perf_counter()
-        program = compile_program(policies, vocabulary)
+        program = compile_program(policies, vocabulary, on_progress=on_progress)
         whole = np.union1d(program.mask_ranges.whole, program.stop_ranges.whole)
         seconds = time.perf_counter() - started
     return {

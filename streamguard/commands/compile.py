@@ -13,7 +13,7 @@ from streamguard.commands.terminal import (
     Lenient,
     load_policies,
     print_table,
-    spinner,
+    progress_bar,
 )
 
 
@@ -43,14 +43,19 @@ def command(
     """
     _check_output(output, force)
     policies = load_policies(policy, lenient)
-    with spinner("compiling the policy (the first time on a machine takes longer)"):
+    with progress_bar(
+        "compiling the policy (the first time on a machine takes longer)"
+    ) as on_progress:
         from streamguard.compiler.artifact import Artifact
         from streamguard.compiler.program import compile_program
         from streamguard.compiler.vocabulary import Vocabulary
 
         vocabulary = Vocabulary.from_tokenizer(tokenizer)
         started = time.perf_counter()
-        artifact = Artifact(policies, compile_program(policies, vocabulary))
+        program = compile_program(
+            policies, vocabulary, on_progress=lambda share: on_progress(0.6 * share)
+        )
+        artifact = Artifact(policies, program)
         artifact.build_look_ahead()
         seconds = time.perf_counter() - started
         sha256 = artifact.save(output)

@@ -19,7 +19,7 @@ from streamguard.commands.terminal import (
     InputError,
     Lenient,
     load_policies,
-    spinner,
+    progress_bar,
 )
 
 if TYPE_CHECKING:
@@ -75,11 +75,14 @@ def command(
         )
     names = files or [STDIN]
     sizes = [_checked_size(file) for file in names]
-    with spinner("compiling the policy (the first time on a machine takes longer)"):
+    with progress_bar(
+        "compiling the policy (the first time on a machine takes longer)"
+    ) as on_progress:
         from streamguard.compiler.program import compile_program
         from streamguard.scanner import Scanner
 
-        program = compile_program(PolicySet.from_policies([policies.policies[name]]))
+        chosen = PolicySet.from_policies([policies.policies[name]])
+        program = compile_program(chosen, on_progress=on_progress)
     with _progress(sizes) as advance:
         for file in names:
             with ExitStack() as stack:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -138,20 +138,34 @@ def print_table(
 @contextmanager
 def spinner(text: str) -> Iterator[None]:
     """Show `text`, a spinner and the time that the step takes on stderr, after two seconds of it."""
-    if not sys.stderr.isatty():
+    with _after_a_while(text, None):
         yield
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[float], None]]:
+    """The same with a bar; yields what is to be told the share that is done, 0 to 1."""
+    with _after_a_while(text, 1.0) as advance:
+        yield advance
+
+
+@contextmanager
+def _after_a_while(text: str, total: float | None) -> Iterator[Callable[[float], None]]:
+    if not sys.stderr.isatty():
+        yield lambda share: None
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    shown = SpinnerColumn() if total is None else BarColumn()
+    columns = shown, TextColumn("{task.description}"), TimeElapsedColumn()
     progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    progress.add_task(text, total=None)
+    task = progress.add_task(text, total=total)
     timer = threading.Timer(PATIENCE_S, progress.start)
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield lambda share: progress.update(task, completed=share)
     finally:
         timer.cancel()
         timer.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,7 +84,14 @@ def build_literals(
     group: np.ndarray,
     base: int,
     source: str,
+    on_progress: Callable[[float], None],
 ) -> Automaton:
+    """The automaton of all literals of a mapping.
+
+    literals  per rule its global index and its literals. rank int32, group uint8[num_rules].
+    base      entries of the tables before this one; source: whose policy it is, for errors.
+    on_progress  is told what share is done. Raises PolicyError beyond MAX_TABLE_BYTES.
+    """
     found = [mapping.all_patterns(of_rule) for _, of_rule in literals]
     patterns = [pattern for of_rule in found for pattern in of_rule]
     rules = np.array([rule for rule, _ in literals], np.int32)
@@ -96,15 +104,17 @@ def build_literals(
     every = np.append(data, np.uint8(SEPARATOR_BYTE)) if mapping.separators else data
     class_of, num_classes = byte_classes(every)
     most = (MAX_TABLE_BYTES - 4 * base) // (4 * COLD_FIELDS)
-    label, children, end_state = build_trie(
-        data, offsets, sort_patterns(data, offsets), class_of, most
-    )
+    on_progress(0.3)
+    order = sort_patterns(data, offsets)
+    on_progress(0.5)
+    label, children, end_state = build_trie(data, offsets, order, class_of, most)
     if not len(label):
         raise PolicyError(
             f"{source}: {len(patterns):,} patterns of {len(data):,} bytes need {int(children[0]):,} "
             f"states; allowed: {most:,} ({MAX_TABLE_BYTES >> 20} MiB of tables). Split the list "
             f"over several policies, or drop long patterns."
         )
+    on_progress(0.7)
     num_states = len(label)
     num_hot = num_states
     if 4 * (base + num_states * num_classes) > DENSE_BYTES:
@@ -115,6 +125,7 @@ def build_literals(
     failure, rows = link_trie(
         label, children, num_hot, num_classes, alias, int(class_of[AFTER_NONWORD])
     )
+    on_progress(0.8)
     groups = accepting_groups(end_state, pattern_rule, group, failure)
     packed = pack_rows(rows, groups, label, base, separator)
     start = int(packed[class_of[AFTER_NONWORD]]) & STATE_MASK if mapping.wrap else base
@@ -135,6 +146,7 @@ def build_literals(
     first, following, suffix, best = collect_outputs(
         place, num_places, end_state, pattern_rule, rank, failure
     )
+    on_progress(1.0)
     more = len(quiet) - num_places
     length = np.diff(offsets) - mapping.wrap
     return Automaton(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -31,6 +32,9 @@ from streamguard_kernels.packing import address
 from streamguard_kernels.shortcuts import walk_tokens
 from streamguard_kernels.tables import Tables, pack_tables
 from streamguard_kernels.utf8 import map_tokens
+
+#: A regex takes about as long to compile as so many literals.
+_REGEX = 30_000
 
 
 @dataclass(frozen=True)
@@ -237,12 +241,19 @@ class Program:
         )
 
 
-def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -> Program:
+def compile_program(
+    policies: PolicySet,
+    vocabulary: Vocabulary | None = None,
+    *,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Program:
     """Build the automata of all policies over one vocabulary (None: to scan text only).
 
+    on_progress  is told now and then what share is done: 0 to 1.
     Raises PolicyError if the tables would exceed MAX_TABLE_BYTES.
     """
     started = time.perf_counter()
+    work = _Work(policies, on_progress)
     vocabulary = vocabulary or Vocabulary.empty()
     table = RuleTable.from_policies(policies, vocabulary)
     names, rules = table.policies, table.rules
@@ -266,8 +277,9 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
                 if Mapping(rule.normalize, rule.boundary) == mapping
             ]
             automaton = build_literals(
-                mapping, literals, rank, group, num_entries, policies.policies[name].source
-            )
+                mapping, literals, rank, group, num_entries, policies.policies[name].source,
+                work.part(sum(len(found) for _, found in literals)),
+            )  # fmt: skip
             num_entries += automaton.packed.size
             tracks.append((len(automata), False))
             if automaton.twin:
@@ -277,9 +289,10 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
         # What only observes holds no text back: apart from what withholds.
         withheld = {regex for i, regex in regex_rules if rules[i].group != OBSERVE}
         observed = {regex: None for _, regex in regex_rules if regex not in withheld}
+        held = [regex for _, regex in regex_rules if regex in withheld]
         for track in (
-            *tracks_of([regex for _, regex in regex_rules if regex in withheld]),
-            *tracks_of(list(observed)),
+            *tracks_of(held, work.part(_REGEX * len(held))),
+            *tracks_of(list(observed), work.part(_REGEX * len(observed))),
         ):
             automaton = build_regexes(track, regex_rules, rank, group, num_entries)
             if automaton.mapping not in mappings:
@@ -297,6 +310,7 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
         policy_tracks.append(len(tracks))
 
     tables = _join(vocabulary, mappings, automata, tracks, policy_tracks, rank)
+    on_progress(1.0)
     return Program(
         table,
         tables,
@@ -307,6 +321,20 @@ def compile_program(policies: PolicySet, vocabulary: Vocabulary | None = None) -
         tuple(automata),
         tuple(index for index, _ in tracks),
     )
+
+
+class _Work:
+    """Turns the shares of parts into the share of the whole; the tokens' part is left out as small."""
+
+    def __init__(self, policies: PolicySet, on_progress: Callable[[float], None]) -> None:
+        rules = [rule for policy in policies.policies.values() for rule in policy.rules]
+        units = sum(len(rule.literals) + _REGEX * len(rule.regexes) for rule in rules)
+        self._total, self._done, self._tell = max(units, 1), 0, on_progress
+
+    def part(self, units: int) -> Callable[[float], None]:
+        """What is told the share of the next part, of so many literals, as it is worked on."""
+        begun, self._done = self._done, self._done + units
+        return lambda share: self._tell((begun + share * units) / self._total)
 
 
 def _join(

@@ -6,7 +6,7 @@ so regexes share one as far as it stays small (DESIGN section 11).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -95,15 +95,21 @@ def _too_large(regex: Regex) -> str:
     )
 
 
-def tracks_of(regexes: Sequence[Regex]) -> list[RegexTrack]:
+def tracks_of(
+    regexes: Sequence[Regex], on_progress: Callable[[float], None] = lambda share: None
+) -> list[RegexTrack]:
     """Few and small automata for all: regexes that need marks apart from the others.
 
     One with a checksum has an automaton of its own: with others their states would multiply.
     Each regex joins the first of the newest automata that stays small with it; about 0.1 s a regex.
-    Raises RegexError where `track_of` does.
+    on_progress is told what share is done. Raises RegexError where `track_of` does.
     """
-    alone = {regex: track_of(regex) for regex in regexes}
+    alone: dict[Regex, RegexTrack] = {}
+    for regex in regexes:
+        alone[regex] = track_of(regex)
+        on_progress(len(alone) / len(regexes) / 2)
     tracks: list[RegexTrack] = []
+    num_joined = 0
     for marks in (False, True):
         groups: list[list[Regex]] = []
         for regex in alone:
@@ -114,6 +120,8 @@ def tracks_of(regexes: Sequence[Regex]) -> list[RegexTrack]:
                 tracks.append(alone[group[0]] if len(group) == 1 else _track(tuple(group)))
             except TooLargeError:  # spelt in bytes it grew
                 tracks += [alone[regex] for regex in group]
+            num_joined += len(group)
+            on_progress(0.5 + num_joined / len(alone) / 2)
     tracks += [alone[regex] for regex in alone if regex.validate]
     if sum(len(track.dfa.goto) for track in tracks) > MAX_POLICY_STATES:
         return list(alone.values())
