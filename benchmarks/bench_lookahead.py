@@ -244,7 +244,7 @@ def bench(quick: bool, on_case: Callable[[str], None]) -> Results:
         for question, n, timing in absolute:
             results.cells.append(Cell(ROOM, question, n, batch, timing.median * 1e6, "µs"))
         on_case(f"{num_literals:,} literals, batch {batch}, {kind}")
-    results.facts["look-ahead build, CPU seconds"] = "; ".join(built.values())
+    results.facts["compiling with look-ahead, CPU seconds"] = "; ".join(built.values())
     return results
 
 

@@ -93,13 +93,10 @@ def build_literals(
     on_progress  is told what share is done. Raises PolicyError beyond MAX_TABLE_BYTES.
     """
     found = [mapping.all_patterns(of_rule) for _, of_rule in literals]
-    patterns = [pattern for of_rule in found for pattern in of_rule]
     rules = np.array([rule for rule, _ in literals], np.int32)
-    pattern_rule = np.repeat(rules, [len(of_rule) for of_rule in found])
-    data = np.frombuffer(bytearray(b"".join(patterns)), np.uint8)
-    offsets = np.concatenate(
-        [np.zeros(1, np.int64), np.cumsum(np.fromiter(map(len, patterns), np.int64))]
-    )
+    pattern_rule = np.repeat(rules, [len(lengths) for _, lengths in found])
+    data = np.frombuffer(bytearray(b"".join([pattern_data for pattern_data, _ in found])), np.uint8)
+    offsets = np.concatenate([np.zeros(1, np.int64), *(lengths for _, lengths in found)]).cumsum()
     # A class of its own for separators, though no pattern may hold one: they begin words.
     every = np.append(data, np.uint8(SEPARATOR_BYTE)) if mapping.separators else data
     class_of, num_classes = byte_classes(every)
@@ -110,7 +107,7 @@ def build_literals(
     label, children, end_state = build_trie(data, offsets, order, class_of, most)
     if not len(label):
         raise PolicyError(
-            f"{source}: {len(patterns):,} patterns of {len(data):,} bytes need {int(children[0]):,} "
+            f"{source}: {len(pattern_rule):,} patterns of {len(data):,} bytes need {int(children[0]):,} "
             f"states; allowed: {most:,} ({MAX_TABLE_BYTES >> 20} MiB of tables). Split the list "
             f"over several policies, or drop long patterns."
         )

@@ -6,7 +6,7 @@ characters. It works character by character, so it needs no context beyond unfin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -86,11 +86,16 @@ class Mapping:
                 found.append(inner + _SEPARATOR)
         return tuple(found)
 
-    def all_patterns(self, literals: Iterable[str]) -> list[bytes]:
-        """`patterns` of many literals: 0.1 µs each as they are, 4 µs each under normal forms."""
-        if self.is_identity:
-            return [literal.encode() for literal in literals]
-        return [pattern for literal in literals for pattern in self.patterns(literal)]
+    def all_patterns(self, literals: Sequence[str]) -> tuple[bytes, np.ndarray]:
+        """`patterns` of many literals, one behind the other, and the length of each: int64[].
+
+        0.1 µs each for ASCII as it is, which lists of a million are; 4 µs each under normal forms.
+        """
+        text = "".join(literals)
+        if self.is_identity and text.isascii():
+            return text.encode(), np.fromiter(map(len, literals), np.int64, len(literals))
+        found = [pattern for literal in literals for pattern in self.patterns(literal)]
+        return b"".join(found), np.fromiter(map(len, found), np.int64, len(found))
 
 
 def mark(read: str, separators: bool = False) -> bytes:
