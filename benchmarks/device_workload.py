@@ -289,18 +289,9 @@ def on_device(program: Program, codes: VerdictCodes, device: str) -> Any:
 
     if codes.stop_id is None or codes.marker_id is None:
         raise AssertionError("the bench vocabulary has spare ids")
-    table = program.table
     return device_tables.to_device(
         program.tables,
         program.mask_ranges if program.uses(MASK_RULES) else None,
-        rule_group=[r.group for r in table.rules],
-        rule_policy=[table.policies.index(r.policy) for r in table.rules],
-        stop_id=codes.stop_id,
-        marker_id=codes.marker_id,
-        rule_of=codes.rule_of,
-        scripts=codes.scripts,
-        code_of=codes.code_of,
-        code_rules=codes.policy_rules,
-        eos_token=codes.eos_id,
+        **codes.for_device(program.table),
         device=device,
     )

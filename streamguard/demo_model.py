@@ -66,7 +66,7 @@ def demo_model(cache_dir: Path | None = None) -> Path:
     try:
         if _defect(target) is None:
             return target
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _exclusive(root / f".{MODEL_NAME}.lock"):
             defect = _defect(target)  # another process may have made it meanwhile
             if defect is not None:

@@ -146,7 +146,7 @@ class Session:
             more = ((0, 0), (0, missing))
             self._replace(end_tokens=np.pad(self._slots.end_tokens, more, constant_values=-1))
         mine = self._slots
-        mine.policy[slot], mine.plain[slot], mine.synced[slot] = p, 0, -1
+        mine.policy[slot], mine.plain[slot], mine.synced[slot] = p, 1, -1
         mine.hidden[slot] = hide_special_tokens
         mine.end_bits[slot] = LAST if show_end_token else UNSEEN | LAST
         mine.pending[slot] = 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from streamguard.compiler.rules import OBSERVE, RuleTable
 from streamguard.errors import PolicyError, TokenizerError
@@ -50,6 +51,20 @@ class VerdictCodes:
     def kept_beside(self) -> bool:
         """Whether the vocabulary has no ids to spare, so that verdicts travel outside the stream."""
         return self.marker_id is None
+
+    def for_device(self, table: RuleTable) -> dict[str, Any]:
+        """What `device_tables.to_device` takes of a table and its codes, by name."""
+        return {
+            "rule_group": [rule.group for rule in table.rules],
+            "rule_policy": [table.policies.index(rule.policy) for rule in table.rules],
+            "stop_id": self.stop_id,
+            "marker_id": self.marker_id,
+            "rule_of": self.rule_of,
+            "scripts": self.scripts,
+            "code_of": self.code_of,
+            "code_rules": self.policy_rules,
+            "eos_token": self.eos_id,
+        }
 
     @classmethod
     def from_table(

@@ -130,19 +130,7 @@ def codes(program: Program) -> VerdictCodes:
 def to_device(
     program: Program, codes: VerdictCodes, **changes: object
 ) -> device_tables.DeviceTables:
-    arguments = {
-        "rule_group": [r.group for r in program.rules],
-        "rule_policy": [program.policies.index(r.policy) for r in program.rules],
-        "stop_id": codes.stop_id,
-        "marker_id": codes.marker_id,
-        "rule_of": codes.rule_of,
-        "scripts": codes.scripts,
-        "code_of": codes.code_of,
-        "code_rules": codes.policy_rules,
-        "eos_token": codes.eos_id,
-        "device": "cpu",
-        **changes,
-    }
+    arguments = {**codes.for_device(program.table), "device": "cpu", **changes}
     return device_tables.to_device(program.tables, program.mask_ranges, **arguments)
 
 

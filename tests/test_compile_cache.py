@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,20 @@ def test_a_folder_that_others_can_write_is_not_trusted(
         assert any(hits(cached_program(policies(), VOCABULARY)))
     assert compiled
     assert "can be written by others" in caplog.text
+
+
+def test_folders_made_under_a_loose_umask_are_trusted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "home" / "cache"))
+    before = os.umask(0o002)
+    try:
+        cached_program(policies(), VOCABULARY)
+    finally:
+        os.umask(before)
+    with caplog.at_level(logging.WARNING, cache.logger.name):
+        cached_program(policies(), VOCABULARY)
+    assert not caplog.records
 
 
 def test_only_the_newest_files_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

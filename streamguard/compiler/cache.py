@@ -53,7 +53,9 @@ def cached_program(policies: PolicySet, vocabulary: Vocabulary) -> Program:
             logger.warning("streamguard: compiling again: %s", error)
     program = compile_program(policies, vocabulary)
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Each with its mode: `parents` would leave the upper one open to the group, and distrusted.
+        for place in (folder.parent, folder):
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
         Artifact(policies, program).save(path)
         _forget_old(folder)
     except OSError as error:  # a full disk or a read-only home must not stop the guard

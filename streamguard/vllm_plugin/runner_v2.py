@@ -85,15 +85,7 @@ class V2Body(Attached):
         self._tables = device_tables.to_device(
             program.tables,
             program.mask_ranges if table.uses(MASK) else None,
-            rule_group=[r.group for r in table.rules],
-            rule_policy=[table.policies.index(r.policy) for r in table.rules],
-            stop_id=codes.stop_id,
-            marker_id=codes.marker_id,
-            rule_of=codes.rule_of,
-            scripts=codes.scripts,
-            code_of=codes.code_of,
-            code_rules=codes.policy_rules,
-            eos_token=codes.eos_id,
+            **codes.for_device(table),
             device=self._device,
         )
         num_slots = req_states.max_num_reqs
