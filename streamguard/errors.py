@@ -14,6 +14,7 @@ __all__ = [
     "AttestationError",
     "ConfigurationError",
     "PolicyError",
+    "ProbeError",
     "RequestError",
     "ShapeError",
     "StreamError",
@@ -58,6 +59,14 @@ class ArtifactError(StreamguardError, ValueError):
     """Raised when a compiled artefact cannot be read.
 
     It is truncated, of another format version, or made from another policy or tokenizer.
+    """
+
+
+class ProbeError(StreamguardError, ValueError):
+    """Raised while fitting, calibrating, evaluating or loading a probe that could not be trusted.
+
+    Data that cannot support it, a file of another model or layer, or a threshold without enough
+    benign texts behind it.
     """
 
 
