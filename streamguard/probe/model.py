@@ -1,0 +1,82 @@
+"""What a probe needs to know of a model: its folder, shape and fingerprint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from streamguard.errors import ProbeError
+from streamguard.probe.artifact import ModelCard
+from streamguard.probe.fingerprint import model_fingerprint
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model by the name or path that vLLM is given."""
+
+    name: str
+    dtype: str = "auto"
+
+    @cached_property
+    def folder(self) -> Path:
+        """Its files on this machine. Raises ProbeError if they are not here."""
+        return model_folder(self.name)
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration of its text decoder."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder).get_text_config()
+        except (OSError, ValueError) as error:
+            raise ProbeError(f"{self.name}: {_first_line(error)} Name a model that vLLM serves.") from None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, as vLLM loads it."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError) as error:
+            raise ProbeError(f"{self.name}: {_first_line(error)} A tokenizer is needed.") from None
+
+    @cached_property
+    def card(self) -> ModelCard:
+        """Its part of a probe's card."""
+        dtype = self.dtype if self.dtype != "auto" else str(self.config.dtype)
+        return ModelCard(
+            name=Path(self.name).name,
+            architecture=(getattr(self.config, "architectures", None) or ["unknown"])[0],
+            fingerprint=model_fingerprint(self.folder),
+            num_layers=self.config.num_hidden_layers,
+            hidden_size=self.config.hidden_size,
+            dtype=dtype.removeprefix("torch."),
+        )
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model's files: a path, or what the hub's cache has of a name.
+
+    Downloads what is missing, as vLLM would. Raises ProbeError if neither is found.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ProbeError(
+            f"{name}: neither a folder nor a model that can be had ({_first_line(error)}) Give the "
+            f"path of a folder with the model's files."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
