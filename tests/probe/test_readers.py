@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamguard.errors import ProbeError
-from streamguard.probe.data import Data, read
+from streamguard.probe.data import Data, Item, read
+from streamguard.probe.items import Stage
+from streamguard.probe.readers import BadRowError, WrongFormError, items_of
 
 
 def data_of(tmp_path: Path, content: Any, **options: Any) -> Data:
@@ -207,3 +212,39 @@ def test_harmbench_completions_and_human_labels(tmp_path: Path) -> None:
     assert "2 human labels that disagree" in refusal_of(tmp_path, tie)
     image = {"dog": [{"test_case": ["dog.png", "Tease it."], "generation": "No.", "label": 0}]}
     assert "test_case is a list; needed: text (images are not read)" in refusal_of(tmp_path, image)
+
+
+_KEYS = sorted(
+    {
+        *("prompt", "response", "label", "source", "category", "spans", "refusal", "licence"),
+        *("prompt_id", "is_safe", "prompt_harm_label", "response_harm_label", "user_input"),
+        *("toxicity", "jailbreaking", "prompt_type", "type", "focus", "question", "m_response"),
+        *("m_harmful", "behavior", "generation", "test_case", "human_0", "subcategory"),
+    }
+)
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 9)
+    | st.floats()
+    | st.sampled_from(["", "a", "harmful", "safe", "[[0, 1]]", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=12), st.booleans())
+def test_whatever_a_row_holds_it_gives_sound_items_or_a_worded_refusal(
+    row: dict[str, Any], is_prompt: bool
+) -> None:
+    stage: Stage = "prompt" if is_prompt else "output"
+    everything = []
+    with contextlib.suppress(BadRowError, WrongFormError):
+        everything = list(items_of(row, stage, "stem"))
+    for item in everything:
+        if isinstance(item, Item):
+            assert item.label in (0, 1)
+            assert item.prompt.strip()
+            assert bool(item.response.strip()) != is_prompt
+            assert item.source
+            assert item.prompt_id

@@ -74,6 +74,14 @@ def test_no_tied_rows_are_in_two_parts(
         indices = getattr(splits, part)
         assert indices.dtype == np.int64
         assert (np.diff(indices) > 0).all()
+    part_of: dict[tuple[str, str], str] = {}
+    for part, rows in parts.items():
+        for row in (items[row] for row in rows):
+            shared = [("id", row.prompt_id), ("prompt", " ".join(row.prompt.lower().split()))]
+            if row.response != "Sorry.":
+                shared.append(("response", row.response))
+            for text in shared:
+                assert part_of.setdefault(text, part) == part, text
     check_leakage(items, splits)
 
 
