@@ -26,6 +26,8 @@ from streamguard.policy import (
 )
 
 EXAMPLES = Path(policy_module.__file__).parent / "examples"
+#: Beside the policies lie concept files, which are for probes.
+EXAMPLE_POLICIES = [EXAMPLES / f"{name}.yaml" for name in ("default", "demo", "strict")]
 
 
 def test_literals_file_lines_are_literals_as_they_stand(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_sha256_depends_on_every_key_of_the_policy_but_not_on_its_path() -> None
 
 
 def test_policies_survive_pickling_to_a_worker() -> None:
-    policies = PolicySet.load(EXAMPLES)
+    policies = PolicySet.from_policies([Policy.load(path) for path in EXAMPLE_POLICIES])
     copy = pickle.loads(pickle.dumps(policies))
     assert copy == policies
     assert copy.sha256 == policies.sha256
@@ -250,7 +252,7 @@ def test_missing_path_of_a_policy_set_is_named(tmp_path: Path) -> None:
 
 
 def test_example_policies_load_and_show_every_action() -> None:
-    policies = PolicySet.load(EXAMPLES)
+    policies = PolicySet.from_policies([Policy.load(path) for path in EXAMPLE_POLICIES])
     assert policies.default == "default"
     assert {rule.action for rule in policies.policies["default"].rules} == set(ACTIONS)
     assert not policies.policies["default"].client_selectable

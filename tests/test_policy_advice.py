@@ -125,7 +125,8 @@ def test_letting_text_pass_on_errors_is_reported() -> None:
 
 
 def test_the_examples_need_no_advice() -> None:
-    files = sorted((Path(streamguard.__file__).parent / "examples").glob("*.yaml"))
+    examples = (Path(streamguard.__file__).parent / "examples").glob("*.yaml")
+    files = sorted(file for file in examples if not file.name.startswith("concept-"))
     assert files
     for file in files:
         assert advice(Policy.load(file)) == [], file
