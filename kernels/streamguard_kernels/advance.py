@@ -10,6 +10,7 @@ from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.tables import (
     HIT_BIT,
+    NO_BYTES,
     STATE_MASK,
     move,
     move_cold,
@@ -29,6 +30,9 @@ from streamguard_kernels.utf8 import (
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
 COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
+#: In `Slots.synced`: no token stands for the states; the slot stands inside a character.
+NO_TOKEN = 0xFFFFFFFF
+INSIDE = np.int64(-1 << 63)
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
@@ -41,8 +45,10 @@ class Slots(NamedTuple):
     end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
     end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
     state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
-    synced      int64[num_slots]              the states are those of `token_walk` behind this token;
-                                              from bit 32 on their row in `calm`; -1 = `state` holds
+    synced      int64[num_slots]              what is known of the states: in the low 32 bits the token
+                                              that they are behind in `token_walk`, or NO_TOKEN =
+                                              `state` holds them; from bit 32 on their row in `calm`;
+                                              negative = inside a character; -1 = no row is known
     pending     int64[num_slots]              unfinished character, see `utf8`
     events      int64[capacity, 2]            (row, rule) of every pattern that completed
     num_events  int64[1]                      counts also those beyond the capacity
@@ -209,13 +215,35 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 def settle(packed, packed_slots, slot):
     """Write down the states of a slot, if `Slots.synced` stands for them."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    token = s.synced[slot]
-    if token >= 0:
-        token &= 0xFFFFFFFF
+    token = s.synced[slot] & NO_TOKEN
+    if token != NO_TOKEN:
         lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
         walks, mine = token * t.track_base.shape[0], slot * s.scratch.shape[0]
         for track in range(lo, hi):
             s.state[mine + track - lo] = t.token_walk[walks + track] & STATE_MASK
+
+
+@borrowing
+def _known(packed, packed_slots, slot, known):
+    """What `Slots.synced` is to say of a slot whose `state` and `pending` are up to date.
+
+    known = what it says of these very states already, whatever it says of a character; -1 = nothing.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    p = s.policy[slot]
+    if known == -1 and s.plain[slot]:
+        lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
+        mine = slot * s.scratch.shape[0]
+        state = s.state[mine]
+        place = (state - t.track_base[lo]) >> t.calm_places[3 * p + 2]
+        if place < t.calm_places[3 * p + 1]:
+            row = np.int64(t.calm_rows[t.calm_places[3 * p] + place])
+            if row >= 0 and (hi - lo == 1 or s.state[mine + 1] == state):  # one track and its twin
+                known = (row << np.int64(32)) | np.int64(NO_TOKEN)
+    if known == -1:
+        return known
+    known &= ~INSIDE
+    return known | INSIDE if s.pending[slot] else known
 
 
 @compiled
@@ -284,6 +312,64 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 
 
 @borrowing
+def _follow(packed, packed_slots, track, state, code_point):
+    """Walk one mapped track over a character: the state, and bit 31 if anything was completed."""
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    form = t.mapping_form[t.track_mapping[track]]
+    n = map_character(
+        code_point, t.page_of[form * 0x1100 : (form + 1) * 0x1100],
+        t.entries, t.map_offsets, t.map_data, s.buffer,
+    )  # fmt: skip
+    hit = np.int64(0)
+    for i in range(n):
+        entry = np.int64(move(packed, track, state, t.class_of[track * 256 + s.buffer[i]]))
+        state = entry & STATE_MASK
+        hit |= entry
+    return state | hit & HIT_BIT
+
+
+@borrowing
+def _walk_inside(packed, packed_slots, slot, token, commit):
+    """Walk a slot that is inside a character over an ordinary token, as long as it completes nothing.
+
+    Returns whether it completes nothing; if it does, no more was done than to settle the slot.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
+    known, mine = s.synced[slot], slot * s.scratch.shape[0]
+    settle(packed, packed_slots, slot)
+    for k in range(hi - lo):
+        s.scratch[k] = s.state[mine + k]
+    pending, hit = s.pending[slot], np.int64(0)
+    for i in range(t.raw_offsets[token], t.raw_offsets[token + 1]):
+        byte = np.int64(t.raw_data[i])
+        pending, broken, code_point = utf8_step(pending, byte)
+        for track in range(lo, hi):
+            state = s.scratch[track - lo]
+            if t.mapping_form[t.track_mapping[track]] < 0:
+                state = np.int64(move(packed, track, state, t.class_of[track * 256 + byte]))
+            else:
+                if broken:
+                    state = _follow(packed, packed_slots, track, state, np.int64(REPLACEMENT))
+                    hit |= state
+                    state &= STATE_MASK
+                if code_point >= 0:
+                    state = _follow(packed, packed_slots, track, state, code_point)
+            hit |= state
+            s.scratch[track - lo] = state & STATE_MASK
+    if hit & HIT_BIT:
+        return False
+    if commit:
+        s.pending[slot] = pending
+        for k in range(hi - lo):
+            if s.state[mine + k] != s.scratch[k]:
+                known = np.int64(-1)
+            s.state[mine + k] = s.scratch[k]
+        s.synced[slot] = _known(packed, packed_slots, slot, known)
+    return True
+
+
+@borrowing
 def walk_kernel(call, slots, tokens):
     """Walk each slot over its newest token; tokens of one slot may follow in order.
 
@@ -342,10 +428,18 @@ def walk_kernel(call, slots, tokens):
                 if (byte >> np.uint8(column & np.uintp(7))) & np.uint8(1):
                     if commit:
                         s.synced[slot] = synced
+                        if synced < 0:
+                            s.pending[slot] = t.token_pending[token]
                     s.best[row] = 0
                     continue
-            if before >= 0:
-                settle(packed, packed_slots, np.int64(slot))
+            if here == NO_BYTES:
+                if commit:
+                    s.pending[slot] = t.token_pending[token]
+                    if s.pending[slot]:
+                        s.synced[slot] = before | INSIDE
+                s.best[row] = 0
+                continue
+            settle(packed, packed_slots, np.int64(slot))
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
             track = lo
             while track < hi:
@@ -389,12 +483,17 @@ def walk_kernel(call, slots, tokens):
                 track += np.uintp(1)
             if settled:
                 if commit:
-                    s.synced[slot] = synced
+                    s.pending[slot] = t.token_pending[token]
+                    s.synced[slot] = _known(packed, packed_slots, np.int64(slot), synced)
                 s.best[row] = 0
                 continue
             while commit and track > lo:  # take it back
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
+        elif s.plain[slot] and not ends_count and not t.token_special[token]:
+            if _walk_inside(packed, packed_slots, np.int64(slot), np.int64(token), commit):
+                s.best[row] = 0
+                continue
         ends = np.int64(LAST) if ends_count and s.row_last[row] else np.int64(0)
         events = s.num_events[0]
         told = silent if call[SILENT] else np.int64(row)
@@ -403,9 +502,10 @@ def walk_kernel(call, slots, tokens):
             s.num_events[0] = events
             return row
         if commit:
-            s.pending[slot], s.synced[slot] = pending, -1
+            s.pending[slot] = pending
             for k in range(max_tracks):
                 s.state[mine + np.uintp(k)] = s.scratch[k]
+            s.synced[slot] = _known(packed, packed_slots, np.int64(slot), np.int64(-1))
         s.best[row] = rule + 1
         completed |= np.int64(rule >= 0)
     return slots.shape[0] + completed

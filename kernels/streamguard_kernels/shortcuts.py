@@ -19,7 +19,7 @@ def walk_tokens(packed, track, walks):
         state = np.int64(t.track_base[track])
         at = t.track_mapping[track] * (num_tokens + 1) + token
         begin, end = t.token_offsets[at], t.token_offsets[at + 1]
-        plain = not t.token_special[token] and not t.token_pending[token] and begin < end
+        plain = not t.token_special[token] and begin < end
         hit = np.int64(0) if plain else np.int64(HIT_BIT)
         for i in range(begin, end):
             class_ = t.class_of[track * 256 + t.token_data[i]]

@@ -18,6 +18,10 @@ from streamguard_kernels.utf8 import BEFORE_NONWORD, SEPARATOR_BYTE
 
 STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
+#: Entries of `Tables.token_sync`.
+LOOK_CLOSER, NO_BYTES = -1, -2
+#: In `Tables.token_sync`: the token ends inside a character.
+UNFINISHED_BIT = 0x80000000
 
 
 class Tables(NamedTuple):
@@ -62,15 +66,21 @@ class Tables(NamedTuple):
     token_data       uint8[num_bytes]           mapped bytes of each token, mapping after mapping
     token_walk       int64[num_tokens, num_tracks]    state behind the token, read from the root;
                                                 bit 31 = look closer: it completes a match, is
-                                                special or empty, or ends inside a character; from
-                                                bit 32 on the class of its first mapped byte
+                                                special or maps to nothing; from bit 32 on the class
+                                                of its first mapped byte
     token_sync       int64[num_policies, num_tokens]  all tracks of a policy at once: where in `calm`
-                                                the row of the states behind the token begins; from
-                                                bit 32 on the column of its first classes; -1 = look
-                                                closer, in any track
+                                                the row of the states behind the token begins; bit 31
+                                                = it ends inside a character; from bit 32 on the
+                                                column of its first classes; NO_BYTES = it maps to
+                                                nothing, LOOK_CLOSER = so in any track
     calm             uint8[num_calm]            bits: whether from the states of a row the classes of a
                                                 column lead all tracks where they lead from the root,
                                                 and complete nothing; then so does all that follows
+    calm_rows        int32[num_calm_places]     where in `calm` the row of a state begins, of policies
+                                                of one track (and its twin); -1 = it has none
+    calm_places      int64[num_policies, 3]     the first place of a policy, how many there are, and a
+                                                shift: the place of a state is its distance from the
+                                                root shifted to the right, which no other shares
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -115,6 +125,8 @@ class Tables(NamedTuple):
     token_walk: np.ndarray
     token_sync: np.ndarray
     calm: np.ndarray
+    calm_rows: np.ndarray
+    calm_places: np.ndarray
     token_pending: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
@@ -129,13 +141,13 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l b u b l b l l l i i l b b"
+_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l b i l u b l b l l l i i l b b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[41, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[43, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 
