@@ -11,6 +11,7 @@ from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.tables import (
     HIT_BIT,
     NO_BYTES,
+    NO_ROW,
     STATE_MASK,
     move,
     move_cold,
@@ -30,8 +31,7 @@ from streamguard_kernels.utf8 import (
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
 COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
-#: In `Slots.synced`: no token stands for the states; the slot stands inside a character.
-NO_TOKEN = 0xFFFFFFFF
+#: In `Slots.synced`: the slot stands inside a character.
 INSIDE = np.int64(-1 << 63)
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
@@ -45,10 +45,8 @@ class Slots(NamedTuple):
     end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
     end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
     state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
-    synced      int64[num_slots]              what is known of the states: in the low 32 bits the token
-                                              that they are behind in `token_walk`, or NO_TOKEN =
-                                              `state` holds them; from bit 32 on their row in `calm`;
-                                              negative = inside a character; -1 = no row is known
+    synced      int64[num_slots]              from bit 32 on the row in `calm` that has the states;
+                                              negative = inside a character; -1 = `state` holds
     pending     int64[num_slots]              unfinished character, see `utf8`
     events      int64[capacity, 2]            (row, rule) of every pattern that completed
     num_events  int64[1]                      counts also those beyond the capacity
@@ -215,12 +213,11 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 def settle(packed, packed_slots, slot):
     """Write down the states of a slot, if `Slots.synced` stands for them."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    token = s.synced[slot] & NO_TOKEN
-    if token != NO_TOKEN:
-        lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
-        walks, mine = token * t.track_base.shape[0], slot * s.scratch.shape[0]
-        for track in range(lo, hi):
-            s.state[mine + track - lo] = t.token_walk[walks + track] & STATE_MASK
+    if s.synced[slot] != -1:
+        p, row = s.policy[slot], (s.synced[slot] & ~INSIDE) >> 32
+        states, mine = row + t.calm_shape[5 * p + 1], slot * s.scratch.shape[0]
+        for k in range(t.policy_tracks[p + 1] - t.policy_tracks[p]):
+            s.state[mine + k] = t.calm[states + k]
 
 
 @borrowing
@@ -235,11 +232,11 @@ def _known(packed, packed_slots, slot, known):
         lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
         mine = slot * s.scratch.shape[0]
         state = s.state[mine]
-        place = (state - t.track_base[lo]) >> t.calm_places[3 * p + 2]
-        if place < t.calm_places[3 * p + 1]:
-            row = np.int64(t.calm_rows[t.calm_places[3 * p] + place])
+        place = (state - t.track_base[lo]) >> t.calm_shape[5 * p + 4]
+        if place < t.calm_shape[5 * p + 3]:
+            row = np.int64(t.calm_rows[t.calm_shape[5 * p + 2] + place])
             if row >= 0 and (hi - lo == 1 or s.state[mine + 1] == state):  # one track and its twin
-                known = (row << np.int64(32)) | np.int64(NO_TOKEN)
+                known = row << np.int64(32)
     if known == -1:
         return known
     known &= ~INSIDE
@@ -421,11 +418,19 @@ def walk_kernel(call, slots, tokens):
         if settled and not ends_count:
             p = np.uintp(s.policy[slot])
             here = t.token_sync[p * np.uintp(num_tokens) + token]
-            synced = np.int64(token) | (here << np.int64(32)) if here >= 0 else np.int64(-1)
+            synced = here << np.int64(32) if here >= 0 else np.int64(-1)
             if here >= 0 and before >= 0:
-                column = np.uintp(here >> np.int64(32))
-                byte = t.calm[np.uintp(before >> np.int64(32)) + (column >> np.uintp(3))]
-                if (byte >> np.uint8(column & np.uintp(7))) & np.uint8(1):
+                column, at = np.uintp(here >> np.int64(32)), np.uintp(before >> np.int64(32))
+                word = t.calm[at + (column >> np.uintp(5))]
+                calm = (word >> np.uint32(column & np.uintp(31))) & np.uint32(1)
+                if not calm:
+                    steps = np.uintp(t.calm_shape[np.uintp(5) * p]) + column
+                    if steps < np.uintp(t.calm_shape[np.uintp(5) * p + np.uintp(1)]):
+                        to = t.calm[at + steps]
+                        if to != np.uint32(NO_ROW):
+                            calm = np.uint32(1)
+                            synced = (np.int64(to) << np.int64(32)) | (synced & INSIDE)
+                if calm:
                     if commit:
                         s.synced[slot] = synced
                         if synced < 0:

@@ -46,12 +46,12 @@ def first_classes(packed, track, tokens, width):
 
 @compiled
 def find_calm(packed, track, states, classes):
-    """`Tables.calm` as far as one track is concerned: uint8[num_rows, num_bytes].
+    """The bits of `Tables.calm` as far as one track is concerned: uint32[num_rows, num_words].
 
     states int64[num_rows]; classes int64[num_columns, width]: from `first_classes`.
     """
     t = unpack_tables(packed)
-    calm = np.zeros((states.shape[0], (classes.shape[0] + 7) // 8), np.uint8)
+    calm = np.zeros((states.shape[0], (classes.shape[0] + 31) // 32), np.uint32)
     for column in range(classes.shape[0]):
         for row in range(states.shape[0]):
             state, root = states[row], t.track_base[track]
@@ -64,6 +64,21 @@ def find_calm(packed, track, states, classes):
                 state = np.int64(entry)
                 root = np.int64(move(packed, track, root, classes[column, k])) & STATE_MASK
                 if state == root:
-                    calm[row, column >> 3] |= np.uint8(1 << (column & 7))
+                    calm[row, column >> 5] |= np.uint32(1 << (column & 31))
                     break
     return calm
+
+
+@compiled
+def find_steps(packed, track, states, classes):
+    """Where one class leads from each state: int64[num_rows, num_classes], -1 = it completes a match.
+
+    states int64[num_rows]; classes int64[num_classes].
+    """
+    steps = np.full((states.shape[0], classes.shape[0]), -1, np.int64)
+    for row in range(states.shape[0]):
+        for column in range(classes.shape[0]):
+            entry = np.int64(move(packed, track, states[row], classes[column]))
+            if entry & HIT_BIT == 0:
+                steps[row, column] = entry
+    return steps

@@ -20,6 +20,8 @@ STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
 #: Entries of `Tables.token_sync`.
 LOOK_CLOSER, NO_BYTES = -1, -2
+#: Of `Tables.calm`: there is no such row.
+NO_ROW = 0xFFFFFFFF
 #: In `Tables.token_sync`: the token ends inside a character.
 UNFINISHED_BIT = 0x80000000
 
@@ -73,14 +75,20 @@ class Tables(NamedTuple):
                                                 = it ends inside a character; from bit 32 on the
                                                 column of its first classes; NO_BYTES = it maps to
                                                 nothing, LOOK_CLOSER = so in any track
-    calm             uint8[num_calm]            bits: whether from the states of a row the classes of a
+    calm             uint32[num_calm]           a row for each known combination of a policy's states.
+                                                First bits: whether from there the classes of a
                                                 column lead all tracks where they lead from the root,
-                                                and complete nothing; then so does all that follows
-    calm_rows        int32[num_calm_places]     where in `calm` the row of a state begins, of policies
-                                                of one track (and its twin); -1 = it has none
-    calm_places      int64[num_policies, 3]     the first place of a policy, how many there are, and a
-                                                shift: the place of a state is its distance from the
-                                                root shifted to the right, which no other shares
+                                                and complete nothing; then so does all that follows.
+                                                Then for each of the first columns, whose tokens are
+                                                one class, the row behind it, or NO_ROW. Then the
+                                                states themselves, one a track
+    calm_shape       int64[num_policies, 5]     where in a row `calm` says the next row, and where the
+                                                states; where the policy begins in `calm_rows`, how
+                                                many places it has there, and a shift
+    calm_rows        int32[num_calm_places]     where the row of a state begins, -1 = it has none; of
+                                                policies of one track (and its twin). The place of a
+                                                state is its distance from the root shifted to the
+                                                right, which no other has
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -125,8 +133,8 @@ class Tables(NamedTuple):
     token_walk: np.ndarray
     token_sync: np.ndarray
     calm: np.ndarray
+    calm_shape: np.ndarray
     calm_rows: np.ndarray
-    calm_places: np.ndarray
     token_pending: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
@@ -141,7 +149,7 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l b i l u b l b l l l i i l b b"
+_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i u b l b l l l i i l b b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 

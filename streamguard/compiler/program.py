@@ -409,9 +409,9 @@ def _join(
         token_data=np.concatenate(token_data),
         token_walk=np.zeros((len(vocabulary), len(tracks)), np.int64),
         token_sync=np.zeros((len(policy_tracks) - 1, len(vocabulary)), np.int64),
-        calm=np.zeros(0, np.uint8),
+        calm=np.zeros(0, np.uint32),
+        calm_shape=np.zeros((len(policy_tracks) - 1, 5), np.int64),
         calm_rows=np.zeros(0, np.int32),
-        calm_places=np.zeros((len(policy_tracks) - 1, 3), np.int64),
         token_pending=pending,
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,
@@ -433,13 +433,12 @@ def _join(
             tables.token_walk[:, track] = tables.token_walk[:, track - 1]
         else:
             walk_tokens(address(packed), track, tables.token_walk)
-    calm, calm_rows = [np.zeros(0, np.uint8)], [np.zeros(0, np.int32)]
+    calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
     for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
         apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
-        found = synchronise(tables, address(packed), apart, tables.token_sync[policy])
-        begin = sum(map(len, calm))
-        tables.token_sync[policy][tables.token_sync[policy] >= 0] += begin
-        tables.calm_places[policy] = sum(map(len, calm_rows)), len(found.at), found.shift
-        calm_rows.append(shift(found.at, begin))
-        calm.append(found.rows.reshape(-1))
+        found = synchronise(tables, address(packed), policy, apart, sum(map(len, calm)))
+        tables.calm_shape[policy] = found.shape
+        tables.calm_shape[policy, 2] = sum(map(len, calm_rows))
+        calm.append(found.rows)
+        calm_rows.append(found.at)
     return tables._replace(calm=np.concatenate(calm), calm_rows=np.concatenate(calm_rows))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamguard_kernels.shortcuts import find_calm, first_classes
+from streamguard_kernels.shortcuts import find_calm, find_steps, first_classes
 from streamguard_kernels.tables import (
     LOOK_CLOSER,
     NO_BYTES,
+    NO_ROW,
     STATE_MASK,
     UNFINISHED_BIT,
     Tables,
@@ -25,21 +26,22 @@ CALM_PLACES = 1 << 18
 
 @dataclass(frozen=True)
 class Calm:
-    """What `synchronise` finds out of a policy; places in `calm` are counted from 0.
+    """What `synchronise` finds out of a policy. It stands at `begin` in `Tables.calm`.
 
-    rows    uint8[num_rows, num_bytes] of `Tables.calm`.
-    at      int32[num_places] of `Tables.calm_rows`; shift: see `Tables.calm_places`.
+    rows    uint32[num_rows * row_size].
+    at      int32[num_places] of `Tables.calm_rows`.
+    shape   the policy's `Tables.calm_shape`, but for where `at` begins.
     """
 
     rows: np.ndarray
     at: np.ndarray
-    shift: int
+    shape: tuple[int, int, int, int, int]
 
 
 def synchronise(
-    tables: Tables, packed: int, tracks: np.ndarray, token_sync: np.ndarray
+    tables: Tables, packed: int, policy: int, tracks: np.ndarray, begin: int
 ) -> Calm:
-    """Fill in `Tables.token_sync` of a policy, and say what belongs into `calm`.
+    """Fill in `Tables.token_sync` of a policy, and say what belongs into `calm` from `begin` on.
 
     tracks  int64[]: of the policy, without twins, which are in step with the track before them if
     both are in step with the root.
@@ -53,25 +55,45 @@ def synchronise(
         classes, column = _distinct_rows(np.concatenate(firsts, axis=1))
         if len(states) * len(classes) <= 8 * CALM_BYTES:
             break
-    num_bytes = (len(classes) + 7) // 8
-    at, shift = np.zeros(0, np.int32), 0
+    at, shift, num_steps = np.zeros(0, np.int32), 0, 0
     if len(tracks) == 1:
-        states, at, shift = _with_shallow_states(tables, int(tracks[0]), states, num_bytes)
-    calm = np.full((len(states), num_bytes), 0xFF, np.uint8)
+        if width > 1:  # what is one class long comes first
+            longer = classes[:, 1] >= 0
+            order = np.argsort(longer, kind="stable")
+            classes, column = classes[order], np.argsort(order)[column]
+            num_steps = int((~longer).sum())
+        states, at, shift = _with_shallow_states(tables, int(tracks[0]), states, len(classes))
+    bits = np.full((len(states), (len(classes) + 31) // 32), 0xFFFFFFFF, np.uint32)
     for k, track in enumerate(tracks.tolist()):
         mine, which = np.unique(states[:, k], return_inverse=True)
         first = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
-        calm &= find_calm(packed, track, mine, first)[which]
-    token_sync[:] = LOOK_CLOSER
+        bits &= find_calm(packed, track, mine, first)[which]
+    lo, hi = tables.policy_tracks[policy : policy + 2].tolist()
+    of_track = np.searchsorted(tracks, np.arange(lo, hi), "right") - 1  # twins have those before
+    size = bits.shape[1] + num_steps + hi - lo
+    next_rows = np.full((len(states), num_steps), NO_ROW, np.int64)
+    if num_steps:
+        found = find_steps(packed, int(tracks[0]), states[:, 0], classes[:num_steps, 0].copy())
+        place = (found - tables.track_base[tracks[0]]) >> shift
+        known = (found >= 0) & (place < len(at))
+        index = at[np.where(known, place, 0)]
+        next_rows = np.where(known & (index >= 0), begin + index.astype(np.int64) * size, NO_ROW)
+    rows = np.concatenate(
+        [bits, next_rows.astype(np.uint32), states[:, of_track].astype(np.uint32)], axis=1
+    )
+    sync = tables.token_sync[policy]
+    sync[:] = LOOK_CLOSER
     lengths = np.diff(tables.token_offsets[tables.track_mapping[tracks]])
-    token_sync[(lengths == 0).all(axis=0) & (tables.token_special == 0)] = NO_BYTES
+    sync[(lengths == 0).all(axis=0) & (tables.token_special == 0)] = NO_BYTES
     unfinished = np.where(tables.token_pending[ordinary] != 0, UNFINISHED_BIT, 0)
-    token_sync[ordinary] = row * num_bytes | unfinished | column << 32
-    return Calm(calm, np.where(at >= 0, at * num_bytes, -1).astype(np.int32), shift)
+    sync[ordinary] = (begin + row * size) | unfinished | column << 32
+    at = np.where(at >= 0, begin + at * size, -1).astype(np.int32)
+    shape = (bits.shape[1], bits.shape[1] + num_steps, 0, len(at), shift)
+    return Calm(rows.reshape(-1), at, shape)
 
 
 def _with_shallow_states(
-    tables: Tables, track: int, states: np.ndarray, num_bytes: int
+    tables: Tables, track: int, states: np.ndarray, num_columns: int
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """More rows for a single track: the states nearest to the root, where texts mostly are.
 
@@ -81,7 +103,7 @@ def _with_shallow_states(
     base, limit = int(tables.track_base[track]), int(tables.track_limit[track])
     num_classes = int(tables.track_classes[track])
     shift = num_classes.bit_length() - 1
-    num_shallow = min((limit - base) // num_classes, SHALLOW_BYTES // num_bytes)
+    num_shallow = min((limit - base) // num_classes, 8 * SHALLOW_BYTES // num_columns)
     shallow = base + np.arange(num_shallow, dtype=np.int64) * num_classes
     more = np.setdiff1d(shallow, states[:, 0])
     states = np.concatenate([states, more.reshape(-1, 1)])
