@@ -9,7 +9,9 @@ import numpy as np
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.tables import (
+    CHARACTERS,
     HIT_BIT,
+    LOOK_CLOSER,
     NO_BYTES,
     NO_ROW,
     STATE_MASK,
@@ -309,6 +311,50 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 
 
 @borrowing
+def _row_behind(packed, p, known, here):
+    """What `Slots.synced` says behind a token, of its entry in `token_sync`; -1 = it is to be walked.
+
+    known = what it says before, with a row and no unfinished character.
+    """
+    t = unpack_tables(packed)
+    row, column = np.uintp(known >> np.int64(32)), np.uintp(here >> np.int64(32))
+    word = t.calm[row + (column >> np.uintp(5))]
+    if (word >> np.uint32(column & np.uintp(31))) & np.uint32(1):
+        return here << np.int64(32)
+    step = np.uintp(t.calm_shape[np.uintp(5) * p]) + column
+    if step < np.uintp(t.calm_shape[np.uintp(5) * p + np.uintp(1)]):
+        behind = t.calm[row + step]
+        if behind != np.uint32(NO_ROW):
+            return (np.int64(behind) << np.int64(32)) | (here << np.int64(32)) & INSIDE
+    return np.int64(-1)
+
+
+@borrowing
+def _ending(packed, p, pending, token):
+    """What a token does that begins inside a character, if it says no more than that character.
+
+    Returns an entry as of `token_sync`, and what is unfinished behind.
+    """
+    t = unpack_tables(packed)
+    begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
+    code_point = np.int64(-1)
+    mapped = t.character_page[p * np.int64(CHARACTERS >> 8)] >= 0 and not t.token_special[token]
+    while mapped and begin < end:
+        if code_point >= 0:
+            return np.int64(LOOK_CLOSER), pending
+        pending, broken, code_point = utf8_step(pending, np.int64(t.raw_data[begin]))
+        begin += 1
+        if broken:
+            return np.int64(LOOK_CLOSER), pending
+    if not mapped or code_point >= CHARACTERS:
+        return np.int64(LOOK_CLOSER), pending
+    if code_point < 0:
+        return np.int64(NO_BYTES), pending
+    page = np.int64(t.character_page[p * np.int64(CHARACTERS >> 8) + (code_point >> 8)])
+    return t.character_sync[page * 256 + (code_point & 0xFF)], pending
+
+
+@borrowing
 def _follow(packed, packed_slots, track, state, code_point):
     """Walk one mapped track over a character: the state, and bit 31 if anything was completed."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
@@ -418,19 +464,9 @@ def walk_kernel(call, slots, tokens):
         if settled and not ends_count:
             p = np.uintp(s.policy[slot])
             here = t.token_sync[p * np.uintp(num_tokens) + token]
-            synced = here << np.int64(32) if here >= 0 else np.int64(-1)
             if here >= 0 and before >= 0:
-                column, at = np.uintp(here >> np.int64(32)), np.uintp(before >> np.int64(32))
-                word = t.calm[at + (column >> np.uintp(5))]
-                calm = (word >> np.uint32(column & np.uintp(31))) & np.uint32(1)
-                if not calm:
-                    steps = np.uintp(t.calm_shape[np.uintp(5) * p]) + column
-                    if steps < np.uintp(t.calm_shape[np.uintp(5) * p + np.uintp(1)]):
-                        to = t.calm[at + steps]
-                        if to != np.uint32(NO_ROW):
-                            calm = np.uint32(1)
-                            synced = (np.int64(to) << np.int64(32)) | (synced & INSIDE)
-                if calm:
+                synced = _row_behind(packed, p, before, here)
+                if synced != -1:
                     if commit:
                         s.synced[slot] = synced
                         if synced < 0:
@@ -444,6 +480,7 @@ def walk_kernel(call, slots, tokens):
                         s.synced[slot] = before | INSIDE
                 s.best[row] = 0
                 continue
+            synced = here << np.int64(32) if here >= 0 else np.int64(-1)
             settle(packed, packed_slots, np.int64(slot))
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
             track = lo
@@ -496,6 +533,19 @@ def walk_kernel(call, slots, tokens):
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
         elif s.plain[slot] and not ends_count and not t.token_special[token]:
+            if before != -1:
+                p = np.int64(s.policy[slot])
+                here, pending = _ending(packed, p, s.pending[slot], np.int64(token))
+                synced = before & ~INSIDE
+                if here == NO_BYTES:
+                    synced |= INSIDE if pending else np.int64(0)
+                else:
+                    synced = _row_behind(packed, np.uintp(p), synced, here) if here >= 0 else np.int64(-1)
+                if synced != -1:
+                    if commit:
+                        s.synced[slot], s.pending[slot] = synced, pending
+                    s.best[row] = 0
+                    continue
             if _walk_inside(packed, packed_slots, np.int64(slot), np.int64(token), commit):
                 s.best[row] = 0
                 continue

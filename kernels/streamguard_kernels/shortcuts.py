@@ -8,6 +8,7 @@ import numpy as np
 
 from streamguard_kernels.compiled import compiled
 from streamguard_kernels.tables import HIT_BIT, STATE_MASK, move, unpack_tables
+from streamguard_kernels.utf8 import MAX_MAPPED_BYTES, map_character
 
 
 @compiled
@@ -42,6 +43,35 @@ def first_classes(packed, track, tokens, width):
         for k in range(min(end - begin, width)):
             classes[i, k] = t.class_of[track * 256 + t.token_data[begin + k]]
     return classes
+
+
+@compiled
+def walk_characters(packed, track, num_characters, width):
+    """As `walk_tokens` and `first_classes`, for the first characters, each as a text of its own.
+
+    Returns states int64[num_characters]: bit 31 = it completes a match or is a surrogate; and classes
+    int64[num_characters, width], -1 = there is none.
+    """
+    t = unpack_tables(packed)
+    form = t.mapping_form[t.track_mapping[track]]
+    page_of = t.page_of[form * 0x1100 : (form + 1) * 0x1100]
+    buffer = np.zeros(MAX_MAPPED_BYTES, np.uint8)
+    states = np.full(num_characters, HIT_BIT, np.int64)
+    classes = np.full((num_characters, width), -1, np.int64)
+    for code_point in range(num_characters):
+        if 0xD800 <= code_point < 0xE000:
+            continue
+        n = map_character(code_point, page_of, t.entries, t.map_offsets, t.map_data, buffer)
+        state, hit = np.int64(t.track_base[track]), np.int64(0)
+        for i in range(n):
+            class_ = np.int64(t.class_of[track * 256 + buffer[i]])
+            entry = np.int64(move(packed, track, state, class_))
+            state = entry & STATE_MASK
+            hit |= entry
+            if i < width:
+                classes[code_point, i] = class_
+        states[code_point] = state | hit & HIT_BIT
+    return states, classes
 
 
 @compiled

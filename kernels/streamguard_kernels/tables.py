@@ -20,6 +20,8 @@ STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
 #: Entries of `Tables.token_sync`.
 LOOK_CLOSER, NO_BYTES = -1, -2
+#: Characters below it have an entry in `Tables.character_sync`: two planes, emoji included.
+CHARACTERS = 0x20000
 #: Of `Tables.calm`: there is no such row.
 NO_ROW = 0xFFFFFFFF
 #: In `Tables.token_sync`: the token ends inside a character.
@@ -89,6 +91,10 @@ class Tables(NamedTuple):
                                                 policies of one track (and its twin). The place of a
                                                 state is its distance from the root shifted to the
                                                 right, which no other has
+    character_page   int32[num_policies, 512]   of a policy of one mapped track (and its twin): the page of
+                                                the next that a character below CHARACTERS is on; -1 =
+                                                none
+    character_sync   int64[num_pages * 256]     as `token_sync`, of characters that tokens cut in two
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -135,6 +141,8 @@ class Tables(NamedTuple):
     calm: np.ndarray
     calm_shape: np.ndarray
     calm_rows: np.ndarray
+    character_page: np.ndarray
+    character_sync: np.ndarray
     token_pending: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
@@ -149,13 +157,13 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i u b l b l l l i i l b b"
+_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i i l u b l b l l l i i l b b"
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[43, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[45, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 

@@ -30,7 +30,7 @@ from streamguard_kernels.lookahead import (
 )
 from streamguard_kernels.packing import address
 from streamguard_kernels.shortcuts import walk_tokens
-from streamguard_kernels.tables import Tables, pack_tables
+from streamguard_kernels.tables import CHARACTERS, Tables, pack_tables
 from streamguard_kernels.utf8 import map_tokens
 
 #: A regex takes about as long to compile as so many literals.
@@ -412,6 +412,8 @@ def _join(
         calm=np.zeros(0, np.uint32),
         calm_shape=np.zeros((len(policy_tracks) - 1, 5), np.int64),
         calm_rows=np.zeros(0, np.int32),
+        character_page=np.full((len(policy_tracks) - 1, CHARACTERS >> 8), -1, np.int32),
+        character_sync=np.zeros(0, np.int64),
         token_pending=pending,
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,
@@ -434,6 +436,7 @@ def _join(
         else:
             walk_tokens(address(packed), track, tables.token_walk)
     calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
+    pages: dict[bytes, int] = {}
     for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
         apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
         found = synchronise(tables, address(packed), policy, apart, sum(map(len, calm)))
@@ -441,4 +444,10 @@ def _join(
         tables.calm_shape[policy, 2] = sum(map(len, calm_rows))
         calm.append(found.rows)
         calm_rows.append(found.at)
-    return tables._replace(calm=np.concatenate(calm), calm_rows=np.concatenate(calm_rows))
+        for page, entries in enumerate(found.characters.reshape(-1, 256)):
+            tables.character_page[policy, page] = pages.setdefault(entries.tobytes(), len(pages))
+    return tables._replace(
+        calm=np.concatenate(calm),
+        calm_rows=np.concatenate(calm_rows),
+        character_sync=np.frombuffer(bytearray(b"".join(pages)), np.int64),
+    )

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamguard_kernels.shortcuts import find_calm, find_steps, first_classes
+from streamguard_kernels.shortcuts import (
+    find_calm,
+    find_steps,
+    first_classes,
+    walk_characters,
+)
 from streamguard_kernels.tables import (
+    CHARACTERS,
     LOOK_CLOSER,
     NO_BYTES,
     NO_ROW,
@@ -30,11 +36,13 @@ class Calm:
 
     rows    uint32[num_rows * row_size].
     at      int32[num_places] of `Tables.calm_rows`.
+    characters  int64[CHARACTERS] of `Tables.character_sync`, or empty.
     shape   the policy's `Tables.calm_shape`, but for where `at` begins.
     """
 
     rows: np.ndarray
     at: np.ndarray
+    characters: np.ndarray
     shape: tuple[int, int, int, int, int]
 
 
@@ -49,9 +57,17 @@ def synchronise(
     walks = tables.token_walk[:, tracks]
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
     walks = walks[ordinary]
-    states, row = _distinct_rows(walks & STATE_MASK)
+    ends, quiet = walks & STATE_MASK, np.zeros(0, np.int64)
+    cut = len(tracks) == 1 and tables.mapping_form[tables.track_mapping[tracks[0]]] >= 0
+    if cut:
+        found, first = walk_characters(packed, int(tracks[0]), CHARACTERS, WIDTHS[0])
+        quiet = np.flatnonzero((found <= STATE_MASK) & (first[:, 0] >= 0))
+        ends = np.concatenate([ends, found[quiet].reshape(-1, 1)])
+    states, row = _distinct_rows(ends)
     for width in (*WIDTHS, 1):
         firsts = [first_classes(packed, track, ordinary, width) for track in tracks.tolist()]
+        if cut:
+            firsts[0] = np.concatenate([firsts[0], first[quiet, :width]])
         classes, column = _distinct_rows(np.concatenate(firsts, axis=1))
         if len(states) * len(classes) <= 8 * CALM_BYTES:
             break
@@ -66,16 +82,16 @@ def synchronise(
     bits = np.full((len(states), (len(classes) + 31) // 32), 0xFFFFFFFF, np.uint32)
     for k, track in enumerate(tracks.tolist()):
         mine, which = np.unique(states[:, k], return_inverse=True)
-        first = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
-        bits &= find_calm(packed, track, mine, first)[which]
+        columns = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
+        bits &= find_calm(packed, track, mine, columns)[which]
     lo, hi = tables.policy_tracks[policy : policy + 2].tolist()
     of_track = np.searchsorted(tracks, np.arange(lo, hi), "right") - 1  # twins have those before
     size = bits.shape[1] + num_steps + hi - lo
     next_rows = np.full((len(states), num_steps), NO_ROW, np.int64)
     if num_steps:
-        found = find_steps(packed, int(tracks[0]), states[:, 0], classes[:num_steps, 0].copy())
-        place = (found - tables.track_base[tracks[0]]) >> shift
-        known = (found >= 0) & (place < len(at))
+        behind = find_steps(packed, int(tracks[0]), states[:, 0], classes[:num_steps, 0].copy())
+        place = (behind - tables.track_base[tracks[0]]) >> shift
+        known = (behind >= 0) & (place < len(at))
         index = at[np.where(known, place, 0)]
         next_rows = np.where(known & (index >= 0), begin + index.astype(np.int64) * size, NO_ROW)
     rows = np.concatenate(
@@ -86,10 +102,16 @@ def synchronise(
     lengths = np.diff(tables.token_offsets[tables.track_mapping[tracks]])
     sync[(lengths == 0).all(axis=0) & (tables.token_special == 0)] = NO_BYTES
     unfinished = np.where(tables.token_pending[ordinary] != 0, UNFINISHED_BIT, 0)
-    sync[ordinary] = (begin + row * size) | unfinished | column << 32
+    entries = (begin + row * size) | column << 32
+    sync[ordinary] = entries[: len(ordinary)] | unfinished
+    characters = np.zeros(0, np.int64)
+    if cut:
+        nothing = (found <= STATE_MASK) & (first[:, 0] < 0)
+        characters = np.where(nothing, NO_BYTES, LOOK_CLOSER).astype(np.int64)
+        characters[quiet] = entries[len(ordinary) :]
     at = np.where(at >= 0, begin + at * size, -1).astype(np.int32)
     shape = (bits.shape[1], bits.shape[1] + num_steps, 0, len(at), shift)
-    return Calm(rows.reshape(-1), at, shape)
+    return Calm(rows.reshape(-1), at, characters, shape)
 
 
 def _with_shallow_states(
