@@ -533,19 +533,20 @@ def walk_kernel(call, slots, tokens):
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
         elif s.plain[slot] and not ends_count and not t.token_special[token]:
-            if before != -1:
-                p = np.int64(s.policy[slot])
-                here, pending = _ending(packed, p, s.pending[slot], np.int64(token))
+            p = np.int64(s.policy[slot])
+            here, pending = _ending(packed, p, s.pending[slot], np.int64(token))
+            synced = before
+            if here != NO_BYTES and before != -1:
+                synced = np.int64(-1)
+                if here >= 0:
+                    synced = _row_behind(packed, np.uintp(p), before & ~INSIDE, here)
+            elif pending == 0 and before != -1:
                 synced = before & ~INSIDE
-                if here == NO_BYTES:
-                    synced |= INSIDE if pending else np.int64(0)
-                else:
-                    synced = _row_behind(packed, np.uintp(p), synced, here) if here >= 0 else np.int64(-1)
-                if synced != -1:
-                    if commit:
-                        s.synced[slot], s.pending[slot] = synced, pending
-                    s.best[row] = 0
-                    continue
+            if here == NO_BYTES or synced != -1:
+                if commit:
+                    s.synced[slot], s.pending[slot] = synced, pending
+                s.best[row] = 0
+                continue
             if _walk_inside(packed, packed_slots, np.int64(slot), np.int64(token), commit):
                 s.best[row] = 0
                 continue

@@ -58,7 +58,8 @@ def synchronise(
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
     walks = walks[ordinary]
     ends, quiet = walks & STATE_MASK, np.zeros(0, np.int64)
-    cut = len(tracks) == 1 and tables.mapping_form[tables.track_mapping[tracks[0]]] >= 0
+    single = len(tracks) == 1 and len(ordinary) > 0
+    cut = single and tables.mapping_form[tables.track_mapping[tracks[0]]] >= 0
     if cut:
         found, first = walk_characters(packed, int(tracks[0]), CHARACTERS, WIDTHS[0])
         quiet = np.flatnonzero((found <= STATE_MASK) & (first[:, 0] >= 0))
@@ -72,7 +73,7 @@ def synchronise(
         if len(states) * len(classes) <= 8 * CALM_BYTES:
             break
     at, shift, num_steps = np.zeros(0, np.int32), 0, 0
-    if len(tracks) == 1:
+    if single:
         if width > 1:  # what is one class long comes first
             longer = classes[:, 1] >= 0
             order = np.argsort(longer, kind="stable")
