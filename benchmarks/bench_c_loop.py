@@ -1,6 +1,6 @@
 """How far is the compiled kernel from a loop in C?
 
-`c_loop.c` walks the same arrays with the same shortcut and is compiled here and now by the system's
+`c_loop.c` walks the same arrays with the same shortcuts and is compiled here and now by the system's
 compiler (cc -O3 -march=native). The kernel and the loop are called alone, each with the arguments that
 it takes, so that each pays its own call: numba's dispatcher against ctypes. Their results, events and
 final states are asserted equal over the whole stream before timing.

@@ -1,5 +1,5 @@
 /* The loop that `walk_kernel` of kernels/streamguard_kernels/advance.py is measured against: the same
- * tables, the same shortcut, the same results, written in C by hand.
+ * tables, the same shortcuts, the same results, written in C by hand.
  *
  * Only for dense tracks, one a policy, without normal forms, and for tokens that begin and end between
  * characters. The layout of the arrays is that of `Tables` and `Slots` there; bench_c_loop.py fills the

@@ -338,7 +338,7 @@ def _ending(packed, p, pending, token):
     t = unpack_tables(packed)
     begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
     code_point = np.int64(-1)
-    mapped = t.character_page[p * np.int64(CHARACTERS >> 8)] >= 0 and not t.token_special[token]
+    mapped = t.character_page[p * np.int64(CHARACTERS >> 8)] >= 0
     while mapped and begin < end:
         if code_point >= 0:
             return np.int64(LOOK_CLOSER), pending
@@ -419,7 +419,9 @@ def walk_kernel(call, slots, tokens):
     At most two table reads per byte: failure links are folded into `trans`, so the cost follows the
     bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
     same bytes from the root goes on as that does, and where that leads is in `token_walk`. And mostly
-    all tracks do so, from where all of them were: one bit in `calm` says it, however many they are.
+    all tracks do so, from where all of them were: one bit in `calm` says it, however many they are;
+    or the token is one byte, and `calm` says where that leads. A character that tokens cut in two is
+    looked up like a token when it is complete.
 
     call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
             the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
@@ -533,18 +535,18 @@ def walk_kernel(call, slots, tokens):
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
         elif s.plain[slot] and not ends_count and not t.token_special[token]:
-            p = np.int64(s.policy[slot])
-            here, pending = _ending(packed, p, s.pending[slot], np.int64(token))
-            synced = before
+            p = np.uintp(s.policy[slot])
+            here, pending = _ending(packed, np.int64(p), s.pending[slot], np.int64(token))
+            reached = before
             if here != NO_BYTES and before != -1:
-                synced = np.int64(-1)
+                reached = np.int64(-1)
                 if here >= 0:
-                    synced = _row_behind(packed, np.uintp(p), before & ~INSIDE, here)
+                    reached = _row_behind(packed, p, before & ~INSIDE, here)
             elif pending == 0 and before != -1:
-                synced = before & ~INSIDE
-            if here == NO_BYTES or synced != -1:
+                reached = before & ~INSIDE
+            if here == NO_BYTES or reached != -1:
                 if commit:
-                    s.synced[slot], s.pending[slot] = synced, pending
+                    s.synced[slot], s.pending[slot] = reached, pending
                 s.best[row] = 0
                 continue
             if _walk_inside(packed, packed_slots, np.int64(slot), np.int64(token), commit):

@@ -157,7 +157,9 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i i l u b l b l l l i i l b b"
+_TABLES = (
+    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i i l u b l b l l l i i l b b"
+)
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 

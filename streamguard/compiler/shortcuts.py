@@ -46,9 +46,7 @@ class Calm:
     shape: tuple[int, int, int, int, int]
 
 
-def synchronise(
-    tables: Tables, packed: int, policy: int, tracks: np.ndarray, begin: int
-) -> Calm:
+def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, begin: int) -> Calm:
     """Fill in `Tables.token_sync` of a policy, and say what belongs into `calm` from `begin` on.
 
     tracks  int64[]: of the policy, without twins, which are in step with the track before them if
