@@ -1,6 +1,6 @@
 """How far is the compiled kernel from a loop in C?
 
-`c_loop.c` walks the same arrays with the same shortcut and is compiled here and now by the system's
+`c_loop.c` walks the same arrays with the same shortcuts and is compiled here and now by the system's
 compiler (cc -O3 -march=native). The kernel and the loop are called alone, each with the arguments that
 it takes, so that each pays its own call: numba's dispatcher against ctypes. Their results, events and
 final states are asserted equal over the whole stream before timing.
@@ -41,7 +41,8 @@ KERNEL, C_LOOP = "kernel", "C loop"
 _REQUIRED = 1.15
 # The fields of `struct loop`, in its order.
 _TABLES = {
-    "trans": "uint32", "class_of": "uint8", "token_walk": "int64", "token_sync": "int64", "calm": "uint8",
+    "trans": "uint32", "class_of": "uint8", "token_walk": "int64", "token_sync": "int64",
+    "calm": "uint32", "calm_shape": "int64", "calm_rows": "int32",
     "token_offsets": "int32", "token_data": "uint8", "first_pattern": "int32",
     "next_pattern": "int32", "suffix_link": "int32", "best_rule": "int32", "pattern_rule": "int32",
     "rule_rank": "int32",

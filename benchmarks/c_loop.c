@@ -1,5 +1,5 @@
 /* The loop that `walk_kernel` of kernels/streamguard_kernels/advance.py is measured against: the same
- * tables, the same shortcut, the same results, written in C by hand.
+ * tables, the same shortcuts, the same results, written in C by hand.
  *
  * Only for dense tracks, one a policy, without normal forms, and for tokens that begin and end between
  * characters. The layout of the arrays is that of `Tables` and `Slots` there; bench_c_loop.py fills the
@@ -12,9 +12,11 @@ struct loop {
     const uint8_t *class_of;     /* [256] */
     const int64_t *token_walk;   /* [num_tokens] state behind the token, read from the root | bit 31 |
                                   * class of the token's first byte << 32 */
-    const int64_t *token_sync;   /* [num_tokens] row of `calm` behind the token | column << 32; or -1 */
-    const uint8_t *calm;         /* bits: from the row's state the column's class leads where it leads
-                                  * from the root */
+    const int64_t *token_sync;   /* [num_tokens] row of `calm` behind the token | column << 32; or < 0 */
+    const uint32_t *calm;        /* rows. Bits: from the row's state the column's class leads where it
+                                  * leads from the root; rows behind one class; the row's state */
+    const int64_t *calm_shape;   /* [5] places of the second and third part; of calm_rows: 0, size, shift */
+    const int32_t *calm_rows;    /* row of the state that is so far from the root, shifted; or -1 */
     const int32_t *token_offsets;
     const uint8_t *token_data;
     const int32_t *first_pattern, *next_pattern, *suffix_link, *best_rule; /* per state; per pattern */
@@ -23,7 +25,7 @@ struct loop {
     const uint8_t *plain;        /* [num_slots] only special tokens end the text */
     const int64_t *pending;      /* [num_slots] unfinished character: none here */
     int64_t *state;              /* [num_slots] where the next is -1 */
-    int64_t *synced;             /* [num_slots] the token that `token_walk` tells the state of | row << 32 */
+    int64_t *synced;             /* [num_slots] row of `calm` << 32; or -1 */
     int64_t *events;             /* [capacity, 2] (row, rule) */
     int64_t *num_events;
     int64_t root, num_classes, num_slots, num_tokens, capacity;
@@ -48,6 +50,14 @@ static int64_t record(const struct loop *l, int64_t state, int64_t best, int64_t
     return best;
 }
 
+static int64_t row_of(const struct loop *l, int64_t state)
+{
+    int64_t place = (state - l->root) >> l->calm_shape[4];
+    if (place >= l->calm_shape[3] || l->calm_rows[place] < 0)
+        return -1;
+    return (int64_t)l->calm_rows[place] << 32;
+}
+
 /* Returns the number of rows done; -1 if an id is out of range, -2 for a row that is beyond this loop. */
 int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, const int64_t *tokens,
                 int64_t *best)
@@ -65,14 +75,21 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
         if (!l->plain[slot] || l->pending[slot])
             return -2;
         int64_t here = l->token_sync[token], before = l->synced[slot];
-        int64_t synced = here < 0 ? -1 : token | here << 32;
-        if (here >= 0 && before >= 0
-            && l->calm[(before >> 32) + (here >> 35)] >> (here >> 32 & 7) & 1) {
-            l->synced[slot] = synced;
-            continue;
+        int64_t synced = here < 0 ? -1 : here << 32;
+        if (here >= 0 && before >= 0) {
+            const uint32_t *calm = l->calm + (before >> 32);
+            int64_t column = here >> 32, step = l->calm_shape[0] + column;
+            if (calm[column >> 5] >> (column & 31) & 1) {
+                l->synced[slot] = synced;
+                continue;
+            }
+            if (step < l->calm_shape[1] && calm[step] != 0xffffffff) {
+                l->synced[slot] = (int64_t)calm[step] << 32;
+                continue;
+            }
         }
         if (before >= 0)
-            l->state[slot] = l->token_walk[before & 0xffffffff] & 0x7fffffff;
+            l->state[slot] = l->calm[(before >> 32) + l->calm_shape[1]];
         int64_t begin = l->token_offsets[token], end = l->token_offsets[token + 1];
         uint32_t state = (uint32_t)l->state[slot], whole = (uint32_t)l->token_walk[token], hit = whole;
         if (!(whole >> 31)) {
@@ -97,7 +114,7 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
         }
         if (!(hit >> 31)) {
             l->state[slot] = whole;
-            l->synced[slot] = synced;
+            l->synced[slot] = synced < 0 ? row_of(l, whole) : synced;
             continue;
         }
         int64_t rule = -1;
@@ -108,7 +125,7 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
                 rule = record(l, state, rule, row);
         }
         l->state[slot] = state;
-        l->synced[slot] = -1;
+        l->synced[slot] = row_of(l, state);
         best[row] = rule + 1;
     }
     return num_rows;

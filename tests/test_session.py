@@ -494,7 +494,7 @@ def test_the_joint_shortcut_changes_nothing_but_time(seed: int) -> None:
     for _ in range(25):
         rules = random_rules(rng, LITERALS, rng.randint(1, 5))
         quick, slow = (program(policy(*rules), VOCABULARY) for _ in range(2))
-        slow.tables.token_sync[:] = -1
+        slow.tables.token_sync[:] = slow.tables.calm_rows[:] = -1
         one, other = Session(quick, 3), Session(slow, 3)
         for slot in range(3):
             prompt, hidden = random_tokens(rng, 8)[: rng.randint(0, 6)], rng.random() < 0.7

@@ -9,7 +9,11 @@ import numpy as np
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.tables import (
+    CHARACTERS,
     HIT_BIT,
+    LOOK_CLOSER,
+    NO_BYTES,
+    NO_ROW,
     STATE_MASK,
     move,
     move_cold,
@@ -29,6 +33,8 @@ from streamguard_kernels.utf8 import (
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
 COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
+#: In `Slots.synced`: the slot stands inside a character.
+INSIDE = np.int64(-1 << 63)
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
@@ -41,8 +47,8 @@ class Slots(NamedTuple):
     end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
     end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
     state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
-    synced      int64[num_slots]              the states are those of `token_walk` behind this token;
-                                              from bit 32 on their row in `calm`; -1 = `state` holds
+    synced      int64[num_slots]              from bit 32 on the row in `calm` that has the states;
+                                              negative = inside a character; -1 = `state` holds
     pending     int64[num_slots]              unfinished character, see `utf8`
     events      int64[capacity, 2]            (row, rule) of every pattern that completed
     num_events  int64[1]                      counts also those beyond the capacity
@@ -209,13 +215,34 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 def settle(packed, packed_slots, slot):
     """Write down the states of a slot, if `Slots.synced` stands for them."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    token = s.synced[slot]
-    if token >= 0:
-        token &= 0xFFFFFFFF
-        lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
-        walks, mine = token * t.track_base.shape[0], slot * s.scratch.shape[0]
-        for track in range(lo, hi):
-            s.state[mine + track - lo] = t.token_walk[walks + track] & STATE_MASK
+    if s.synced[slot] != -1:
+        p, row = s.policy[slot], (s.synced[slot] & ~INSIDE) >> 32
+        states, mine = row + t.calm_shape[5 * p + 1], slot * s.scratch.shape[0]
+        for k in range(t.policy_tracks[p + 1] - t.policy_tracks[p]):
+            s.state[mine + k] = t.calm[states + k]
+
+
+@borrowing
+def _known(packed, packed_slots, slot, known):
+    """What `Slots.synced` is to say of a slot whose `state` and `pending` are up to date.
+
+    known = what it says of these very states already, whatever it says of a character; -1 = nothing.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    p = s.policy[slot]
+    if known == -1 and s.plain[slot]:
+        lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
+        mine = slot * s.scratch.shape[0]
+        state = s.state[mine]
+        place = (state - t.track_base[lo]) >> t.calm_shape[5 * p + 4]
+        if place < t.calm_shape[5 * p + 3]:
+            row = np.int64(t.calm_rows[t.calm_shape[5 * p + 2] + place])
+            if row >= 0 and (hi - lo == 1 or s.state[mine + 1] == state):  # one track and its twin
+                known = row << np.int64(32)
+    if known == -1:
+        return known
+    known &= ~INSIDE
+    return known | INSIDE if s.pending[slot] else known
 
 
 @compiled
@@ -284,13 +311,117 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 
 
 @borrowing
+def _row_behind(packed, p, known, here):
+    """What `Slots.synced` says behind a token, of its entry in `token_sync`; -1 = it is to be walked.
+
+    known = what it says before, with a row and no unfinished character.
+    """
+    t = unpack_tables(packed)
+    row, column = np.uintp(known >> np.int64(32)), np.uintp(here >> np.int64(32))
+    word = t.calm[row + (column >> np.uintp(5))]
+    if (word >> np.uint32(column & np.uintp(31))) & np.uint32(1):
+        return here << np.int64(32)
+    step = np.uintp(t.calm_shape[np.uintp(5) * p]) + column
+    if step < np.uintp(t.calm_shape[np.uintp(5) * p + np.uintp(1)]):
+        behind = t.calm[row + step]
+        if behind != np.uint32(NO_ROW):
+            return (np.int64(behind) << np.int64(32)) | (here << np.int64(32)) & INSIDE
+    return np.int64(-1)
+
+
+@borrowing
+def _ending(packed, p, pending, token):
+    """What a token does that begins inside a character, if it says no more than that character.
+
+    Returns an entry as of `token_sync`, and what is unfinished behind.
+    """
+    t = unpack_tables(packed)
+    begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
+    code_point = np.int64(-1)
+    mapped = t.character_page[p * np.int64(CHARACTERS >> 8)] >= 0
+    while mapped and begin < end:
+        if code_point >= 0:
+            return np.int64(LOOK_CLOSER), pending
+        pending, broken, code_point = utf8_step(pending, np.int64(t.raw_data[begin]))
+        begin += 1
+        if broken:
+            return np.int64(LOOK_CLOSER), pending
+    if not mapped or code_point >= CHARACTERS:
+        return np.int64(LOOK_CLOSER), pending
+    if code_point < 0:
+        return np.int64(NO_BYTES), pending
+    page = np.int64(t.character_page[p * np.int64(CHARACTERS >> 8) + (code_point >> 8)])
+    return t.character_sync[page * 256 + (code_point & 0xFF)], pending
+
+
+@borrowing
+def _follow(packed, packed_slots, track, state, code_point):
+    """Walk one mapped track over a character: the state, and bit 31 if anything was completed."""
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    form = t.mapping_form[t.track_mapping[track]]
+    n = map_character(
+        code_point, t.page_of[form * 0x1100 : (form + 1) * 0x1100],
+        t.entries, t.map_offsets, t.map_data, s.buffer,
+    )  # fmt: skip
+    hit = np.int64(0)
+    for i in range(n):
+        entry = np.int64(move(packed, track, state, t.class_of[track * 256 + s.buffer[i]]))
+        state = entry & STATE_MASK
+        hit |= entry
+    return state | hit & HIT_BIT
+
+
+@borrowing
+def _walk_inside(packed, packed_slots, slot, token, commit):
+    """Walk a slot that is inside a character over an ordinary token, as long as it completes nothing.
+
+    Returns whether it completes nothing; if it does, no more was done than to settle the slot.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
+    known, mine = s.synced[slot], slot * s.scratch.shape[0]
+    settle(packed, packed_slots, slot)
+    for k in range(hi - lo):
+        s.scratch[k] = s.state[mine + k]
+    pending, hit = s.pending[slot], np.int64(0)
+    for i in range(t.raw_offsets[token], t.raw_offsets[token + 1]):
+        byte = np.int64(t.raw_data[i])
+        pending, broken, code_point = utf8_step(pending, byte)
+        for track in range(lo, hi):
+            state = s.scratch[track - lo]
+            if t.mapping_form[t.track_mapping[track]] < 0:
+                state = np.int64(move(packed, track, state, t.class_of[track * 256 + byte]))
+            else:
+                if broken:
+                    state = _follow(packed, packed_slots, track, state, np.int64(REPLACEMENT))
+                    hit |= state
+                    state &= STATE_MASK
+                if code_point >= 0:
+                    state = _follow(packed, packed_slots, track, state, code_point)
+            hit |= state
+            s.scratch[track - lo] = state & STATE_MASK
+    if hit & HIT_BIT:
+        return False
+    if commit:
+        s.pending[slot] = pending
+        for k in range(hi - lo):
+            if s.state[mine + k] != s.scratch[k]:
+                known = np.int64(-1)
+            s.state[mine + k] = s.scratch[k]
+        s.synced[slot] = _known(packed, packed_slots, slot, known)
+    return True
+
+
+@borrowing
 def walk_kernel(call, slots, tokens):
     """Walk each slot over its newest token; tokens of one slot may follow in order.
 
     At most two table reads per byte: failure links are folded into `trans`, so the cost follows the
     bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
     same bytes from the root goes on as that does, and where that leads is in `token_walk`. And mostly
-    all tracks do so, from where all of them were: one bit in `calm` says it, however many they are.
+    all tracks do so, from where all of them were: one bit in `calm` says it, however many they are;
+    or the token is one byte, and `calm` says where that leads. A character that tokens cut in two is
+    looked up like a token when it is complete.
 
     call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
             the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
@@ -335,17 +466,24 @@ def walk_kernel(call, slots, tokens):
         if settled and not ends_count:
             p = np.uintp(s.policy[slot])
             here = t.token_sync[p * np.uintp(num_tokens) + token]
-            synced = np.int64(token) | (here << np.int64(32)) if here >= 0 else np.int64(-1)
             if here >= 0 and before >= 0:
-                column = np.uintp(here >> np.int64(32))
-                byte = t.calm[np.uintp(before >> np.int64(32)) + (column >> np.uintp(3))]
-                if (byte >> np.uint8(column & np.uintp(7))) & np.uint8(1):
+                synced = _row_behind(packed, p, before, here)
+                if synced != -1:
                     if commit:
                         s.synced[slot] = synced
+                        if synced < 0:
+                            s.pending[slot] = t.token_pending[token]
                     s.best[row] = 0
                     continue
-            if before >= 0:
-                settle(packed, packed_slots, np.int64(slot))
+            if here == NO_BYTES:
+                if commit:
+                    s.pending[slot] = t.token_pending[token]
+                    if s.pending[slot]:
+                        s.synced[slot] = before | INSIDE
+                s.best[row] = 0
+                continue
+            synced = here << np.int64(32) if here >= 0 else np.int64(-1)
+            settle(packed, packed_slots, np.int64(slot))
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
             track = lo
             while track < hi:
@@ -389,12 +527,31 @@ def walk_kernel(call, slots, tokens):
                 track += np.uintp(1)
             if settled:
                 if commit:
-                    s.synced[slot] = synced
+                    s.pending[slot] = t.token_pending[token]
+                    s.synced[slot] = _known(packed, packed_slots, np.int64(slot), synced)
                 s.best[row] = 0
                 continue
             while commit and track > lo:  # take it back
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
+        elif s.plain[slot] and not ends_count and not t.token_special[token]:
+            p = np.uintp(s.policy[slot])
+            here, pending = _ending(packed, np.int64(p), s.pending[slot], np.int64(token))
+            reached = before
+            if here != NO_BYTES and before != -1:
+                reached = np.int64(-1)
+                if here >= 0:
+                    reached = _row_behind(packed, p, before & ~INSIDE, here)
+            elif pending == 0 and before != -1:
+                reached = before & ~INSIDE
+            if here == NO_BYTES or reached != -1:
+                if commit:
+                    s.synced[slot], s.pending[slot] = reached, pending
+                s.best[row] = 0
+                continue
+            if _walk_inside(packed, packed_slots, np.int64(slot), np.int64(token), commit):
+                s.best[row] = 0
+                continue
         ends = np.int64(LAST) if ends_count and s.row_last[row] else np.int64(0)
         events = s.num_events[0]
         told = silent if call[SILENT] else np.int64(row)
@@ -403,9 +560,10 @@ def walk_kernel(call, slots, tokens):
             s.num_events[0] = events
             return row
         if commit:
-            s.pending[slot], s.synced[slot] = pending, -1
+            s.pending[slot] = pending
             for k in range(max_tracks):
                 s.state[mine + np.uintp(k)] = s.scratch[k]
+            s.synced[slot] = _known(packed, packed_slots, np.int64(slot), np.int64(-1))
         s.best[row] = rule + 1
         completed |= np.int64(rule >= 0)
     return slots.shape[0] + completed

@@ -18,6 +18,14 @@ from streamguard_kernels.utf8 import BEFORE_NONWORD, SEPARATOR_BYTE
 
 STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
+#: Entries of `Tables.token_sync`.
+LOOK_CLOSER, NO_BYTES = -1, -2
+#: Characters below it have an entry in `Tables.character_sync`: two planes, emoji included.
+CHARACTERS = 0x20000
+#: Of `Tables.calm`: there is no such row.
+NO_ROW = 0xFFFFFFFF
+#: In `Tables.token_sync`: the token ends inside a character.
+UNFINISHED_BIT = 0x80000000
 
 
 class Tables(NamedTuple):
@@ -62,15 +70,31 @@ class Tables(NamedTuple):
     token_data       uint8[num_bytes]           mapped bytes of each token, mapping after mapping
     token_walk       int64[num_tokens, num_tracks]    state behind the token, read from the root;
                                                 bit 31 = look closer: it completes a match, is
-                                                special or empty, or ends inside a character; from
-                                                bit 32 on the class of its first mapped byte
+                                                special or maps to nothing; from bit 32 on the class
+                                                of its first mapped byte
     token_sync       int64[num_policies, num_tokens]  all tracks of a policy at once: where in `calm`
-                                                the row of the states behind the token begins; from
-                                                bit 32 on the column of its first classes; -1 = look
-                                                closer, in any track
-    calm             uint8[num_calm]            bits: whether from the states of a row the classes of a
+                                                the row of the states behind the token begins; bit 31
+                                                = it ends inside a character; from bit 32 on the
+                                                column of its first classes; NO_BYTES = it maps to
+                                                nothing, LOOK_CLOSER = so in any track
+    calm             uint32[num_calm]           a row for each known combination of a policy's states.
+                                                First bits: whether from there the classes of a
                                                 column lead all tracks where they lead from the root,
-                                                and complete nothing; then so does all that follows
+                                                and complete nothing; then so does all that follows.
+                                                Then for each of the first columns, whose tokens are
+                                                one class, the row behind it, or NO_ROW. Then the
+                                                states themselves, one a track
+    calm_shape       int64[num_policies, 5]     where in a row `calm` says the next row, and where the
+                                                states; where the policy begins in `calm_rows`, how
+                                                many places it has there, and a shift
+    calm_rows        int32[num_calm_places]     where the row of a state begins, -1 = it has none; of
+                                                policies of one track (and its twin). The place of a
+                                                state is its distance from the root shifted to the
+                                                right, which no other has
+    character_page   int32[num_policies, 512]   of a policy of one mapped track (and its twin): the page of
+                                                the next that a character below CHARACTERS is on; -1 =
+                                                none
+    character_sync   int64[num_pages * 256]     as `token_sync`, of characters that tokens cut in two
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -115,6 +139,10 @@ class Tables(NamedTuple):
     token_walk: np.ndarray
     token_sync: np.ndarray
     calm: np.ndarray
+    calm_shape: np.ndarray
+    calm_rows: np.ndarray
+    character_page: np.ndarray
+    character_sync: np.ndarray
     token_pending: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
@@ -129,13 +157,15 @@ class Tables(NamedTuple):
     track_regex: np.ndarray
 
 
-_TABLES = "u u b l l l l l l l i l l b l i i i i b i i i i i b l l b u b l b l l l i i l b b"
+_TABLES = (
+    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i i l u b l b l l l i i l b b"
+)
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[41, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[45, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 

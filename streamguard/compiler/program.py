@@ -30,7 +30,7 @@ from streamguard_kernels.lookahead import (
 )
 from streamguard_kernels.packing import address
 from streamguard_kernels.shortcuts import walk_tokens
-from streamguard_kernels.tables import Tables, pack_tables
+from streamguard_kernels.tables import CHARACTERS, Tables, pack_tables
 from streamguard_kernels.utf8 import map_tokens
 
 #: A regex takes about as long to compile as so many literals.
@@ -409,7 +409,11 @@ def _join(
         token_data=np.concatenate(token_data),
         token_walk=np.zeros((len(vocabulary), len(tracks)), np.int64),
         token_sync=np.zeros((len(policy_tracks) - 1, len(vocabulary)), np.int64),
-        calm=np.zeros(0, np.uint8),
+        calm=np.zeros(0, np.uint32),
+        calm_shape=np.zeros((len(policy_tracks) - 1, 5), np.int64),
+        calm_rows=np.zeros(0, np.int32),
+        character_page=np.full((len(policy_tracks) - 1, CHARACTERS >> 8), -1, np.int32),
+        character_sync=np.zeros(0, np.int64),
         token_pending=pending,
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,
@@ -431,10 +435,19 @@ def _join(
             tables.token_walk[:, track] = tables.token_walk[:, track - 1]
         else:
             walk_tokens(address(packed), track, tables.token_walk)
-    calm = [np.zeros(0, np.uint8)]
+    calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
+    pages: dict[bytes, int] = {}
     for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
         apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
-        rows = synchronise(tables, address(packed), apart, tables.token_sync[policy])
-        tables.token_sync[policy][tables.token_sync[policy] >= 0] += sum(map(len, calm))
-        calm.append(rows.reshape(-1))
-    return tables._replace(calm=np.concatenate(calm))
+        found = synchronise(tables, address(packed), policy, apart, sum(map(len, calm)))
+        tables.calm_shape[policy] = found.shape
+        tables.calm_shape[policy, 2] = sum(map(len, calm_rows))
+        calm.append(found.rows)
+        calm_rows.append(found.at)
+        for page, entries in enumerate(found.characters.reshape(-1, 256)):
+            tables.character_page[policy, page] = pages.setdefault(entries.tobytes(), len(pages))
+    return tables._replace(
+        calm=np.concatenate(calm),
+        calm_rows=np.concatenate(calm_rows),
+        character_sync=np.frombuffer(bytearray(b"".join(pages)), np.int64),
+    )

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from streamguard_kernels.shortcuts import find_calm, first_classes
-from streamguard_kernels.tables import STATE_MASK, Tables
+from streamguard_kernels.shortcuts import (
+    find_calm,
+    find_steps,
+    first_classes,
+    walk_characters,
+)
+from streamguard_kernels.tables import (
+    CHARACTERS,
+    LOOK_CLOSER,
+    NO_BYTES,
+    NO_ROW,
+    STATE_MASK,
+    UNFINISHED_BIT,
+    Tables,
+)
 
 #: Most bytes of `Tables.calm` a policy, and how many of a token's first bytes are looked at, if they fit.
 CALM_BYTES = 2 << 20
 WIDTHS = (4, 3, 2)
+#: Most bytes of `calm` for states that no token leads to from the root, and most places a policy.
+SHALLOW_BYTES = 1 << 20
+CALM_PLACES = 1 << 18
 
 
-def synchronise(
-    tables: Tables, packed: int, tracks: np.ndarray, token_sync: np.ndarray
-) -> np.ndarray:
-    """Fill in `Tables.token_sync` of a policy and return its rows of `calm`, from where 0 is.
+@dataclass(frozen=True)
+class Calm:
+    """What `synchronise` finds out of a policy. It stands at `begin` in `Tables.calm`.
+
+    rows    uint32[num_rows * row_size].
+    at      int32[num_places] of `Tables.calm_rows`.
+    characters  int64[CHARACTERS] of `Tables.character_sync`, or empty.
+    shape   the policy's `Tables.calm_shape`, but for where `at` begins.
+    """
+
+    rows: np.ndarray
+    at: np.ndarray
+    characters: np.ndarray
+    shape: tuple[int, int, int, int, int]
+
+
+def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, begin: int) -> Calm:
+    """Fill in `Tables.token_sync` of a policy, and say what belongs into `calm` from `begin` on.
 
     tracks  int64[]: of the policy, without twins, which are in step with the track before them if
     both are in step with the root.
@@ -23,20 +55,85 @@ def synchronise(
     walks = tables.token_walk[:, tracks]
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
     walks = walks[ordinary]
-    states, row = _distinct_rows(walks & STATE_MASK)
+    ends, quiet = walks & STATE_MASK, np.zeros(0, np.int64)
+    single = len(tracks) == 1 and len(ordinary) > 0
+    cut = single and tables.mapping_form[tables.track_mapping[tracks[0]]] >= 0
+    if cut:
+        found, first = walk_characters(packed, int(tracks[0]), CHARACTERS, WIDTHS[0])
+        quiet = np.flatnonzero((found <= STATE_MASK) & (first[:, 0] >= 0))
+        ends = np.concatenate([ends, found[quiet].reshape(-1, 1)])
+    states, row = _distinct_rows(ends)
     for width in (*WIDTHS, 1):
         firsts = [first_classes(packed, track, ordinary, width) for track in tracks.tolist()]
+        if cut:
+            firsts[0] = np.concatenate([firsts[0], first[quiet, :width]])
         classes, column = _distinct_rows(np.concatenate(firsts, axis=1))
         if len(states) * len(classes) <= 8 * CALM_BYTES:
             break
-    calm = np.full((len(states), (len(classes) + 7) // 8), 0xFF, np.uint8)
+    at, shift, num_steps = np.zeros(0, np.int32), 0, 0
+    if single:
+        if width > 1:  # what is one class long comes first
+            longer = classes[:, 1] >= 0
+            order = np.argsort(longer, kind="stable")
+            classes, column = classes[order], np.argsort(order)[column]
+            num_steps = int((~longer).sum())
+        states, at, shift = _with_shallow_states(tables, int(tracks[0]), states, len(classes))
+    bits = np.full((len(states), (len(classes) + 31) // 32), 0xFFFFFFFF, np.uint32)
     for k, track in enumerate(tracks.tolist()):
         mine, which = np.unique(states[:, k], return_inverse=True)
-        first = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
-        calm &= find_calm(packed, track, mine, first)[which]
-    token_sync[:] = -1
-    token_sync[ordinary] = row * calm.shape[1] | column << 32
-    return calm
+        columns = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
+        bits &= find_calm(packed, track, mine, columns)[which]
+    lo, hi = tables.policy_tracks[policy : policy + 2].tolist()
+    of_track = np.searchsorted(tracks, np.arange(lo, hi), "right") - 1  # twins have those before
+    size = bits.shape[1] + num_steps + hi - lo
+    next_rows = np.full((len(states), num_steps), NO_ROW, np.int64)
+    if num_steps:
+        behind = find_steps(packed, int(tracks[0]), states[:, 0], classes[:num_steps, 0].copy())
+        place = (behind - tables.track_base[tracks[0]]) >> shift
+        known = (behind >= 0) & (place < len(at))
+        index = at[np.where(known, place, 0)]
+        next_rows = np.where(known & (index >= 0), begin + index.astype(np.int64) * size, NO_ROW)
+    rows = np.concatenate(
+        [bits, next_rows.astype(np.uint32), states[:, of_track].astype(np.uint32)], axis=1
+    )
+    sync = tables.token_sync[policy]
+    sync[:] = LOOK_CLOSER
+    lengths = np.diff(tables.token_offsets[tables.track_mapping[tracks]])
+    sync[(lengths == 0).all(axis=0) & (tables.token_special == 0)] = NO_BYTES
+    unfinished = np.where(tables.token_pending[ordinary] != 0, UNFINISHED_BIT, 0)
+    entries = (begin + row * size) | column << 32
+    sync[ordinary] = entries[: len(ordinary)] | unfinished
+    characters = np.zeros(0, np.int64)
+    if cut:
+        nothing = (found <= STATE_MASK) & (first[:, 0] < 0)
+        characters = np.where(nothing, NO_BYTES, LOOK_CLOSER).astype(np.int64)
+        characters[quiet] = entries[len(ordinary) :]
+    at = np.where(at >= 0, begin + at * size, -1).astype(np.int32)
+    shape = (bits.shape[1], bits.shape[1] + num_steps, 0, len(at), shift)
+    return Calm(rows.reshape(-1), at, characters, shape)
+
+
+def _with_shallow_states(
+    tables: Tables, track: int, states: np.ndarray, num_columns: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """More rows for a single track: the states nearest to the root, where texts mostly are.
+
+    states int64[num_rows, 1]. Returns them with the others, the row of each place (int32, -1 = none)
+    and the shift that makes a place of a state: rows of `trans` are at least 1 << shift long.
+    """
+    base, limit = int(tables.track_base[track]), int(tables.track_limit[track])
+    num_classes = int(tables.track_classes[track])
+    shift = num_classes.bit_length() - 1
+    num_shallow = min((limit - base) // num_classes, 8 * SHALLOW_BYTES // num_columns)
+    shallow = base + np.arange(num_shallow, dtype=np.int64) * num_classes
+    more = np.setdiff1d(shallow, states[:, 0])
+    states = np.concatenate([states, more.reshape(-1, 1)])
+    place = (states[:, 0] - base) >> shift
+    # Cold states are no rows: their places would be those of others.
+    near = (states[:, 0] < limit) & (place < CALM_PLACES)
+    at = np.full(int(place[near].max()) + 1, -1, np.int32)
+    at[place[near]] = np.flatnonzero(near)
+    return states, at, shift
 
 
 def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

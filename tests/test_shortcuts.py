@@ -1,0 +1,161 @@
+"""Shortcuts over texts whose tokens cut characters in two: they change nothing but time."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from guard_cases import (
+    FORMS,
+    ODD,
+    PIECES,
+    decode,
+    matches,
+    policy,
+    program,
+    random_rules,
+    random_text,
+    rule,
+    split_bytes,
+    vocabulary,
+)
+
+from streamguard.compiler.program import Program
+from streamguard.session import Session
+
+LITERALS = (
+    "bomb", "bo mb", "om", "mom bob", "b.o", "ßa", "straße", "Σος", "中文", "é b", "o!", "b", "𐐨o", "😀b",
+)  # fmt: skip
+#: Those of literals, of all kinds of mappings, from both sides of what has an entry of its own.
+CHARACTERS = sorted(
+    {*"".join(LITERALS), *ODD, *"ａ．ᴃ𝗯𐐀\u3000\uffff\U0001ffff\U00020000\U000e0062\U0010ffff"}
+)
+#: Every byte, pieces of words, and all characters cut at all places, alone and beside others.
+TOKENS = tuple(
+    dict.fromkeys(
+        [
+            *PIECES, b"\xffb", b"\x80\x80", b"\xc3\xc3",
+            *(
+                piece
+                for data in (character.encode() for character in CHARACTERS)
+                for at in range(1, len(data))
+                for piece in (data[:at], data[at:], b" " + data[:at], data[at:] + b"b", b"." + data)
+            ),
+        ]
+    )
+)  # fmt: skip
+VOCABULARY = vocabulary(TOKENS)
+TOKEN = {data: token for token, data in enumerate(TOKENS)}
+
+
+def random_data(rng: random.Random) -> bytes:
+    """Literals between odd characters, with a stray or a missing byte now and then."""
+    data = b""
+    while len(data) < 60:
+        kind = rng.random()
+        if kind < 0.4:
+            data += rng.choice(LITERALS).encode()
+        elif kind < 0.9:
+            data += random_text(rng, "".join(CHARACTERS), 4).encode()
+        elif kind < 0.95:
+            data += bytes([rng.randrange(256)])
+        else:
+            data = data[:-1]
+    return data
+
+
+def compare(compiled: Program, rng: random.Random) -> tuple[int, int]:
+    """Walk texts with and without shortcuts; return how many steps were settled, how many inside."""
+    quick, slow = Session(compiled, 1), Session(compiled, 1)
+    num_known = num_inside = 0
+    what = [each.rule for each in compiled.rules]
+    for _ in range(3):
+        for one in (quick, slow):
+            one.reset(0)
+        slow._slots.plain[0] = 0  # any token might end the text: each is walked from the start
+        data, read = random_data(rng), b""
+        before: set[tuple[int, int]] = set()
+        for piece in split_bytes(rng, data, set(TOKENS)):
+            tokens, read = [TOKEN[piece]], read + piece
+            other = [rng.randrange(len(TOKENS))]
+            assert quick.peek([0], other).tolist() == slow.peek([0], other).tolist()
+            assert quick.advance([0], tokens).tolist() == slow.advance([0], tokens).tolist(), read
+            assert quick.events() == slow.events(), read
+            assert quick._slots.pending[0] == slow._slots.pending[0], read
+            assert slow._slots.synced[0] == -1
+            known = int(quick._slots.synced[0])
+            num_known += known != -1
+            num_inside += known < -1
+            assert known == -1 or (known < 0) == (quick._slots.pending[0] != 0), read
+            found = {
+                (match[0], index)
+                for index, each in enumerate(what)
+                for match in matches(decode(read), each, index, ended=False)
+            }
+            assert {rule for _, rule in quick.events()} == {rule for _, rule in found - before}
+            before = found
+            if rng.random() < 0.2:
+                assert quick.snapshot(0)[0].tolist() == slow.snapshot(0)[0].tolist(), read
+                assert quick.forbidden(0).tolist() == slow.forbidden(0).tolist(), read
+    return num_known, num_inside
+
+
+@pytest.mark.parametrize("word", [False, True], ids=["anywhere", "word"])
+@pytest.mark.parametrize("forms", [(), *FORMS], ids="+".join)
+def test_a_policy_of_one_mapping_finds_the_same_without_shortcuts(
+    forms: tuple[str, ...], word: bool, seed: int
+) -> None:
+    rng = random.Random(seed)
+    known = inside = 0
+    for _ in range(3):
+        [chosen] = random_rules(rng, LITERALS, 1, lambda _: forms)
+        more = program(policy({**chosen, "boundary": "word" if word else "none"}), VOCABULARY)
+        counts = compare(more, rng)
+        known, inside = known + counts[0], inside + counts[1]
+    assert known > 100
+    assert inside > 20 or (not forms and not word)  # without a mapping bytes are bytes
+
+
+def test_policies_of_many_mappings_find_the_same_without_shortcuts(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(10):
+        rules = random_rules(rng, LITERALS, rng.randint(2, 5))
+        compare(program(policy(*rules), VOCABULARY), rng)
+
+
+def test_what_rows_and_characters_promise_is_what_a_walk_gives() -> None:
+    compiled = program(policy(rule("halt", *LITERALS, forms=("case", "separators"))), VOCABULARY)
+    t = compiled.tables
+    one = Session(compiled, 1)
+    states = t.calm_shape[0, 1]
+    rows = t.calm_rows[t.calm_rows >= 0].tolist()
+    assert len(rows) > 50
+    assert len({int(t.calm[row + states]) for row in rows}) == len(rows)
+    rng = random.Random(1)
+    data = [character.encode() for character in CHARACTERS]
+    cut = [(each[:at], each[at:]) for each in data for at in range(1, len(each))]
+    for row in rows:
+        for pieces in [*rng.sample(cut, 12), *((piece,) for piece in rng.sample(TOKENS, 12))]:
+            ways = []
+            for known in (row << 32, -1):
+                one.reset(0)
+                one._slots.state[0, 0] = t.calm[row + states]
+                one._slots.synced[0], one._slots.plain[0] = known, known >= 0
+                hits = [one.advance([0], [TOKEN[piece]]).tolist() for piece in pieces]
+                state, pending = one.snapshot(0)
+                ways.append((hits, state.tolist(), pending))
+            assert ways[0] == ways[1], (row, pieces)
+
+
+def test_the_same_tokens_cut_or_whole_leave_the_same_state() -> None:
+    compiled = program(policy(rule("halt", "bomb", forms=("case", "marks"))), VOCABULARY)
+    one = Session(compiled, 2)
+    for character in "é中😀ａ\u0301":
+        data = character.encode()
+        for slot in (0, 1):
+            one.reset(slot)
+        one.advance([0, 0, 0], [TOKEN[b"bo"], TOKEN[data[:1]], TOKEN[data[1:]]])
+        one.advance([1] * (1 + len(data)), [TOKEN[b"bo"], *(TOKEN[bytes([b])] for b in data)])
+        assert np.array_equal(one.snapshot(0)[0], one.snapshot(1)[0])
+        assert one.snapshot(0)[1] == one.snapshot(1)[1] == 0
