@@ -107,7 +107,7 @@ def evaluate(
     aggregation: Aggregation,
     threshold: float,
     *,
-    baselines: Mapping[str, NDArray[np.float64]] = {},  # noqa: B006 (never written to)
+    baselines: Mapping[str, NDArray[np.float64]] = {},
     benign_for_thresholds: NDArray[np.float32] | None = None,
     num_bootstrap: int = 1000,
     seed: int = 0,
@@ -150,18 +150,19 @@ def evaluate(
     """
     everything = _group(scored, aggregation, threshold, baselines)
     limits = _given_limits(benign_for_thresholds)
-    jobs: list[tuple[str, str, _Group]] = []
+    jobs: list[tuple[str, str | None, _Group]] = []  # no source: all of them pooled
     for view in VIEWS:
         group = everything if view == VIEWS[0] else everything.only(~everything.refusal)
-        jobs.append((view, "", group))
-        jobs += ((view, name, group.only(group.source == name)) for name in np.unique(group.source))
+        jobs.append((view, None, group))
+        for name in np.unique(group.source):
+            jobs.append((view, str(name), group.only(group.source == name)))
     num_all = num_bootstrap * sum(len(group.label) for _, _, group in jobs)
-    found: dict[str, dict[str, tuple[_Group, _Figures]]] = {view: {} for view in VIEWS}
+    found: dict[str, dict[str | None, tuple[_Group, _Figures]]] = {view: {} for view in VIEWS}
     with _bar() if progress is None else _given(progress) as report:
         done = 0
         for view, name, group in jobs:
             # Named, so that a source's interval does not hang on which others are evaluated.
-            rng = np.random.default_rng([seed, zlib.crc32(f"{view}/{name}".encode())])
+            rng = np.random.default_rng([seed, zlib.crc32(f"{view}/{name or ''}".encode())])
             ranks, ones = _Ranks(group), np.ones((1, len(group.label)))
             point = _measure(group, ranks, ones, limits)
             figures = _Figures({path: float(value[0]) for path, value in point.items()})
@@ -214,7 +215,9 @@ def reproduces(
         elif isinstance(old, float) and isinstance(new, float | int):
             allowed = tolerance * max(1.0, abs(old))
             if not abs(old - new) <= allowed:
-                differences.append(f"{path}: card {old:.4g}, now {new:.4g} (allowed ±{allowed:.3g})")
+                differences.append(
+                    f"{path}: card {old:.4g}, now {new:.4g} (allowed ±{allowed:.3g})"
+                )
         elif old != new:
             differences.append(f"{path}: card {old}, now {new}")
 
@@ -246,7 +249,9 @@ def _group(
     }
     wrong = {name: n for name, n in lengths.items() if n != count}
     if wrong or len(offsets) != count + 1:
-        raise ProbeError(f"{count} labels, but {wrong or {'offsets': len(offsets)}} do not fit them.")
+        raise ProbeError(
+            f"{count} labels, but {wrong or {'offsets': len(offsets)}} do not fit them."
+        )
     sizes = np.diff(offsets)
     if offsets[0] != 0 or (sizes < 0).any() or offsets[-1] != len(scored.scores):
         raise ProbeError(
@@ -384,10 +389,10 @@ def _timeliness(group: _Group, weights: NDArray[np.float64]) -> dict[Path, Round
     return out
 
 
-def _view(found: dict[str, tuple[_Group, _Figures]]) -> dict[str, Any]:
+def _view(found: dict[str | None, tuple[_Group, _Figures]]) -> dict[str, Any]:
     """Sources, macro and pooled of one view, as JSON has them."""
-    pooled, figures = found[""]
-    sources = {name: value for name, value in found.items() if name}
+    pooled, figures = found[None]
+    sources = {name: value for name, value in found.items() if name is not None}
     averaged = [value for value in sources.values() if value[0].has_both]
     return {
         "sources": {name: _as_json(*value) for name, value in sources.items()},
@@ -406,7 +411,7 @@ def _counts(group: _Group) -> dict[str, int]:
 
 
 def _as_json(group: _Group, figures: _Figures) -> dict[str, Any]:
-    out: dict[str, Any] = _counts(group)
+    out: dict[str, Any] = {**_counts(group), "baselines": {}}
     for path, value in figures.point.items():
         estimate = _estimate(value, figures.rounds[path])
         if math.isnan(value):
@@ -428,7 +433,7 @@ def _as_json(group: _Group, figures: _Figures) -> dict[str, Any]:
 
 def _macro(averaged: list[_Figures], paths: list[Path]) -> dict[str, Any]:
     """The mean over sources of each figure; sources are resampled apart from one another."""
-    out: dict[str, Any] = {"sources": len(averaged)}
+    out: dict[str, Any] = {"sources": len(averaged), "baselines": {}}
     for path in paths:
         having = [f for f in averaged if not math.isnan(f.point[path])]
         if having:
