@@ -20,6 +20,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _LINES = ("-", "--", ":", "-.")
 #: A mean over fewer texts than this would be drawn as if it were known.
 _LEAST_TEXTS = 5
+_TICKS = (0, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 _BEFORE_ONSET, _BEHIND_ONSET, _MOST_TOKENS = 64, 128, 512
 
 
@@ -63,6 +64,7 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
     axes = figure.subplots(1, count, squeeze=False)[0]
     for each in axes:
         each.grid(True, which="major", color="0.88", linewidth=0.8)
+        each.set_axisbelow(True)
         each.spines[["top", "right"]].set_visible(False)
     return figure, list(axes)
 
@@ -197,6 +199,9 @@ def _timeliness(alarms: NDArray[np.int64], scored: Scored) -> Any:
     left.set(title="share of the response sent at the alarm", xlabel="share sent", xlim=(0, 1))
     right.set(title="tokens before the alarm", xlabel="tokens (linear to 10, then log)")
     right.set_xscale("symlog", linthresh=10)
+    ticks = [tick for tick in _TICKS if tick <= max(10, alarms.max(initial=0))]
+    right.set_xticks(ticks, [str(tick) for tick in ticks])
+    right.set_xticks([], minor=True)
     right.set_xlim(left=0)
     for axes in (left, right):
         axes.set(ylabel="harmful texts halted by then", ylim=(0, 1.01))
@@ -229,9 +234,10 @@ def _layers(sweep: Sequence[Mapping[str, Any]]) -> Any:
     figure, (axes,) = _panels(1)
     x, value = np.arange(len(sweep)), np.array([row["auroc"] for row in sweep], np.float64)
     axes.plot(x, value, "o-", color=BENIGN, markersize=4, linewidth=1.6)
-    known = [i for i, row in enumerate(sweep) if row.get("low") is not None]
-    low, high = [sweep[i]["low"] for i in known], [sweep[i]["high"] for i in known]
-    axes.fill_between(known, low, high, color=BENIGN, alpha=0.15, linewidth=0)
+    # None becomes NaN: no band where there is no interval.
+    low, high = (np.array([row.get(end) for row in sweep], np.float64) for end in ("low", "high"))
+    axes.vlines(x, low, high, color=BENIGN, linewidth=1)
+    axes.fill_between(x, low, high, color=BENIGN, alpha=0.15, linewidth=0)
     axes.plot(np.argmax(value), value.max(), "o", color=HARMFUL, markersize=8)
     step = max(1, len(sweep) // 16)
     axes.set_xticks(x[::step], [str(row["layer"]) for row in sweep][::step])
@@ -264,7 +270,7 @@ def _baselines(results: Mapping[str, Any]) -> Any:
         axes.set(ylim=(0, 1.01), ylabel="AUROC, 95% interval by prompt")
         axes.set_title("mean over sources" if group == "macro" else "all texts pooled")
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False, loc="lower right")
+            axes.legend(fontsize=8, framealpha=1, edgecolor="white", loc="lower right")
     return figure
 
 

@@ -65,17 +65,24 @@ def write_report(
 
 def figures_table(results: Mapping[str, Any]) -> Table:
     """The figures of `evaluate` for a terminal: a row for each source, macro and pooled."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"threshold {results['threshold']:.4g}; 95% intervals by prompt")
+    table = Table(
+        title=f"at threshold {results['threshold']:.4g}; 95% intervals; o: from the onset of harm, "
+        f"s: from the start",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
     for name in _HEADINGS:
-        table.add_column(name, justify="left" if name == "source" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
+    table.columns[2].no_wrap = True  # AUROC, the only one with its interval here
     for view in VIEWS:
         table.add_section()
         table.add_row(Text(_VIEW_TITLES[view], style="bold"))
         for name, group in _groups(results[view]):
-            cells = _cells(group)
+            cells = _cells(group, intervals=False)
             bold = "bold" if name in ("macro", "pooled") else ""
             table.add_row(Text(name, style=bold), *map(Text, cells))
         for name, baseline in results[view]["macro"]["baselines"].items():
@@ -104,7 +111,7 @@ def _groups(view: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield "pooled", view["pooled"]
 
 
-def _cells(group: Mapping[str, Any]) -> list[str]:
+def _cells(group: Mapping[str, Any], *, intervals: bool = True) -> list[str]:
     """A group's cells under `_HEADINGS`, but for its name."""
     macro = "sources" in group
     size = f"{group['sources']} sources" if macro else f"{group['harmful']} / {group['benign']}"
@@ -112,9 +119,9 @@ def _cells(group: Mapping[str, Any]) -> list[str]:
     return [
         size,
         _short(group["auroc"], interval=True),
-        *(_short(group["tpr_at_fpr"][str(fpr)]) for fpr in FPRS),
-        _short(group["fpr"], interval=True),
-        _short(group["recall"], interval=True),
+        *(_supported(group["tpr_at_fpr"][str(fpr)], group, intervals) for fpr in FPRS),
+        _short(group["fpr"], interval=intervals),
+        _short(group["recall"], interval=intervals),
         _short(group["ece"]),
         _tokens(timeliness),
         _short(timeliness["share_sent"]["median"]),
@@ -122,13 +129,20 @@ def _cells(group: Mapping[str, Any]) -> list[str]:
 
 
 def _short(estimate: Mapping[str, Any], *, interval: bool = False) -> str:
-    """.912 [.905, .920]"""
+    """.912 [.905,.920]"""
     if estimate["value"] is None:
         return _DASH
     text = _rate(estimate["value"])
     if interval and estimate["low"] is not None:
-        text += f" [{_rate(estimate['low'])}, {_rate(estimate['high'])}]"
+        text += f" [{_rate(estimate['low'])},{_rate(estimate['high'])}]"
     return text
+
+
+def _supported(estimate: Mapping[str, Any], group: Mapping[str, Any], interval: bool) -> str:
+    """A figure; in macro with the number of sources that support it, if not all do."""
+    text = _short(estimate, interval=interval)
+    few = estimate["value"] is not None and estimate.get("sources") != group.get("sources")
+    return f"{text} ({estimate['sources']} of {group['sources']})" if few else text
 
 
 def _rate(value: float) -> str:
