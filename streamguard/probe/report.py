@@ -77,7 +77,7 @@ def figures_table(results: Mapping[str, Any]) -> Table:
     )
     for name in _HEADINGS:
         table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
-    table.columns[2].no_wrap = True  # AUROC, the only one with its interval here
+    table.columns[0].no_wrap = table.columns[2].no_wrap = True  # names; AUROC with its interval
     for view in VIEWS:
         table.add_section()
         table.add_row(Text(_VIEW_TITLES[view], style="bold"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import SEED
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -23,6 +23,7 @@ def columns(rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, n
     return score.astype(np.float32), label, weight.astype(np.float64)
 
 
+@settings(max_examples=60)
 @given(RANKED)
 def test_auroc_is_that_of_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
     score, label, _ = columns(rows)
