@@ -21,7 +21,8 @@ def next_statistic(kind, size, weight, drift, count, value, ring, score):
 
     WINDOW       mean of the last `size` scores (of all while there are fewer)
     CONSECUTIVE  least of the last `size` scores, -inf while there are fewer
-    EMA          value + weight * (score - value); the first score begins it
+    EMA          max(0, value + weight * (score - value)), from 0: however calm a text was for how
+                 long, it takes as few alarming tokens to be noticed as at its beginning
     CUSUM        max(0, value + score - drift), from 0
 
     count  scores taken in before this one. ring float32[>= size], in/out: the last scores, score i at
@@ -29,12 +30,11 @@ def next_statistic(kind, size, weight, drift, count, value, ring, score):
     failure: whoever feeds scores looks for it first.
     """
     score = np.float32(score)
-    if kind == EMA:
-        if count > 0:
-            score = np.float32(value + np.float32(weight * np.float32(score - value)))
-        return score, score
-    if kind == CUSUM:
-        total = np.float32(np.float32(value + score) - drift)
+    if kind == EMA or kind == CUSUM:
+        if kind == EMA:
+            total = np.float32(value + np.float32(weight * np.float32(score - value)))
+        else:
+            total = np.float32(np.float32(value + score) - drift)
         if total < np.float32(0):
             total = np.float32(0)
         return total, total

@@ -19,7 +19,8 @@ class Aggregation:
 
     kind    window       mean of the last `size` scores (size 1: the raw score)
             consecutive  the least of the last `size`: all of them reached the threshold
-            ema          exponential moving average; `weight` is the newest score's
+            ema          exponential moving average, from 0 and never below; `weight` is that of
+                         the newest score
             cusum        max(0, sum so far + score - drift)
     warmup  tokens read before the first decision, at least 1.
 
