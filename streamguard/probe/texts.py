@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -84,18 +84,17 @@ def splices(
     rng: np.random.Generator,
     first: tuple[int, int] = (8, 97),
     back: float = 0.25,
+    middle: float = 0.5,
 ) -> list[Text]:
     """Benign responses that turn harmful at a known token, under the benign one's prompt.
 
-    Half of them go over to the harmful text's beginning, half enter it in the middle; a share of
-    `back` of them returns to the benign text, so that a probe reads the present rather than what
-    came before.
+    They go over to the harmful text's beginning or, a share of `middle` of them, into the midst of
+    it; a share of `back` returns to the benign text, so that a probe reads the present rather than
+    what came before.
 
     benign, harmful  numbers of the texts to take from; first: least and most benign tokens (the
                      second exclusive) before the onset.
     """
-    from dataclasses import replace
-
     made: list[Text] = []
     calm = [i for i in benign if len(texts[i].response) >= first[0] + 16]
     bad = [i for i in harmful if len(texts[i].response) >= 32 and texts[i].onset < 0]
@@ -105,7 +104,7 @@ def splices(
         a, b = texts[calm[rng.integers(len(calm))]], texts[bad[rng.integers(len(bad))]]
         onset = int(rng.integers(first[0], min(first[1], len(a.response) - 8)))
         enter = 0
-        if rng.random() < 0.5:
+        if rng.random() < middle:
             enter = int(rng.integers(0, max(1, len(b.response) - 48)))
         body = b.response[enter : enter + max_response - onset]
         parts = [a.response[:onset], body]

@@ -150,7 +150,7 @@ class LinearProbe:
                 for group in optimiser.param_groups:
                     group["lr"] = self.rate * (1 - step / total)
                 optimiser.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimiser.step()
                 step += 1
                 progress(len(piece.begin))

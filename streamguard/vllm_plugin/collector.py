@@ -45,10 +45,9 @@ class Collector:
         num_rows = int(self.offsets[-1])
         self.writes = worker.rank == 0
         if "layers" in spec:
+            layers = spec["layers"]
             hidden = config.model_config.get_hidden_size()
             self.tap.capture(spec["layers"], hidden, torch.bfloat16)
-            if spec["stop"]:
-                self.tap.stop_behind(max(spec["layers"]))
             shape: tuple[int, ...] = (len(spec["layers"]), num_rows, hidden)
             dtype: Any = np.uint16
         else:
@@ -56,7 +55,10 @@ class Collector:
                 (layer, torch.from_numpy(w), torch.from_numpy(b)) for layer, w, b in spec["parts"]
             ]
             self.tap.score(parts)
+            layers = [layer for layer, _, _ in parts]
             shape, dtype = (num_rows, self.tap.scores.shape[1]), np.float32
+        if spec["stop"]:  # nothing of what these texts go on with is wanted
+            self.tap.stop_behind(max(layers))
         self.captures = "layers" in spec
         if self.writes:
             self.rows = np.memmap(folder / "rows.bin", dtype, "r+", shape=shape)
