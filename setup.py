@@ -61,7 +61,14 @@ setup(
         *find_packages("kernels", include=["streamguard_kernels", "streamguard_kernels.*"]),
     ],
     package_dir={"streamguard_kernels": "kernels/streamguard_kernels"},
-    package_data={"streamguard": ["py.typed", "examples/*.yaml", "packs/*.yaml"]},
+    package_data={
+        "streamguard": [
+            "py.typed",
+            "examples/*.yaml",
+            "examples/concepts/*.yaml",
+            "packs/*.yaml",
+        ]
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require={
         "cpu": CPU,

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from streamguard import __version__
-from streamguard.commands import check, compile, doctor, packs, scan, serve
+from streamguard.commands import check, compile, doctor, packs, probe, scan, serve
 from streamguard.commands.terminal import ReportingGroup, discard_stdout
 
 app = typer.Typer(
@@ -83,11 +83,25 @@ _packs = typer.Typer(
 )
 _packs.command("list", short_help="Every pack with its version.")(packs.list_command)
 _packs.command("show", short_help="A pack as it is written.")(packs.show_command)
+_probe = typer.Typer(
+    name="probe",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Fit, calibrate, evaluate and show probes: rules on meaning instead of spelling.\n\n"
+    "\b\nExample:\n  streamguard probe fit -m MODEL -d items.jsonl -o harm.safetensors",
+)
+_probe.command("fit", short_help="Fit a probe on labelled items or a topic.")(probe.fit_command)
+_probe.command("calibrate", short_help="Thresholds from your own benign traffic.")(
+    probe.calibrate_command
+)
+_probe.command("eval", short_help="Measure a probe on labelled items.")(probe.eval_command)
+_probe.command("show", short_help="Print a probe's card.")(probe.show_command)
 app.command("check", short_help="Validate a policy.")(check.command)
 app.command("scan", short_help="Find matches in files or stdin.")(scan.command)
 app.command("compile", short_help="Compile a policy into one file.")(compile.command)
 app.command("serve", short_help="Run vllm serve, guarded.", **serve.SETTINGS)(serve.command)
 app.command("doctor", short_help="Say what works here, and why.")(doctor.command)
+app.add_typer(_probe, short_help="Fit, calibrate, evaluate and show probes.")
 app.add_typer(_packs, short_help="List and show rule packs.")
 app.command("demo-model", short_help="Get the small model, print its path.")(_demo_model)
 

@@ -61,7 +61,8 @@ def read(
     and counted. At stage output a text is a prompt with its response, at stage prompt the prompt
     alone, and the label is of that text.
 
-    role     what the cards say: fit or calibration.
+    role     what the cards say: fit or calibration. For a calibration rows need no label: an
+             operator's own traffic has none, and is taken as benign.
     lenient  leave out broken rows and texts with two labels, and count them, instead of raising.
 
     Raises ProbeError: every broken row with its file and line (the first ten, then a count), texts
@@ -74,7 +75,7 @@ def read(
     files = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if not files:
         raise ProbeError("no data file given; at least one is needed.")
-    reading = _Reading(stage, lenient)
+    reading = _Reading(stage, lenient, label=0 if role == "calibration" else None)
     for path in files:
         reading.read(path)
     reading.raise_if_broken()
@@ -93,9 +94,10 @@ class _Seen:
 class _Reading:
     """The items of all files so far, and what was wrong with the others."""
 
-    def __init__(self, stage: Stage, lenient: bool) -> None:
+    def __init__(self, stage: Stage, lenient: bool, label: int | None) -> None:
         self.stage = stage
         self.lenient = lenient
+        self.label = label  # of rows in no known form that have none
         self.items: list[Item | None] = []
         self.file_of: list[int] = []
         self.seen: dict[tuple[str, str], _Seen] = {}
@@ -138,11 +140,14 @@ class _Reading:
             if isinstance(row, Broken):
                 yield row.place, Bad(row.problem)
                 continue
+            values = row.values
+            if self.label is not None and form_of(values) is None:
+                values = {"label": self.label, **values}
             try:
-                for found in items_of(row.values, self.stage, stem):
+                for found in items_of(values, self.stage, stem):
                     yield row.place, found
             except BadRowError as error:
-                if is_first and form_of(row.values) is None and not self.lenient:
+                if is_first and form_of(values) is None and not self.lenient:
                     # Every row would say the same.
                     raise ProbeError(f"{path}: {row.place}: {error}") from None
                 yield row.place, Bad(str(error))

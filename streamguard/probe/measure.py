@@ -163,3 +163,20 @@ def _area(
         "positive": positive,
         "texts": int(known.sum()),
     }
+
+
+def held_out(results: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Mean AUROC over the held-out sources that have both labels, the baselines' beside it."""
+    groups = [results["with_refusals"]["sources"][name] for name in names]
+    groups = [group for group in groups if group["auroc"]["value"] is not None]
+    if not groups:
+        return {}
+    baselines = groups[0].get("baselines", {})
+    return {
+        "sources": len(groups),
+        "auroc": float(np.mean([group["auroc"]["value"] for group in groups])),
+        "baselines": {
+            name: float(np.mean([group["baselines"][name]["auroc"]["value"] for group in groups]))
+            for name in baselines
+        },
+    }

@@ -11,7 +11,7 @@ import streamguard
 from streamguard.errors import ProbeError
 from streamguard.probe.concept_file import Concept
 
-COOKING = Path(streamguard.__file__).parent / "examples" / "concept-cooking.yaml"
+COOKING = Path(streamguard.__file__).parent / "examples" / "concepts" / "cooking.yaml"
 GOOD: dict[str, Any] = {
     "name": "sea",
     "description": "The sea.",
