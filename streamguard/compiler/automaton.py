@@ -88,7 +88,8 @@ def build_literals(
 ) -> Automaton:
     """The automaton of all literals of a mapping.
 
-    literals  per rule its global index and its literals; none makes an automaton of one state. rank int32, group uint8[num_rules].
+    literals  per rule its global index and its literals; no rule makes an automaton of one state.
+    rank int32, group uint8[num_rules].
     base      entries of the tables before this one; source: whose policy it is, for errors.
     on_progress  is told what share is done. Raises PolicyError beyond MAX_TABLE_BYTES.
     """
