@@ -1,7 +1,8 @@
 """`make demo`: serve a small real model guarded and unguarded, and show what the guard does.
 
-Two `vllm serve` processes, one with the example policy and one without, answer the same requests
-through the OpenAI client. Exits with 1 if the guard did not act as the policy says.
+A probe is fitted to a harmless topic first. Then two `vllm serve` processes, one with the example
+policy and one without, answer the same requests through the OpenAI client. Exits with 1 if the guard
+did not act as the policy says.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from rich.text import Text
 
 from streamguard.errors import ConfigurationError, StreamguardError
 
-POLICY = Path(__file__).parent / "examples" / "demo.yaml"
+EXAMPLES = Path(__file__).parent / "examples"
+POLICY = EXAMPLES / "demo.yaml"
+CONCEPT = EXAMPLES / "concepts" / "cooking.yaml"
+PROBE_RULE = """
+  - id: cooking                # a topic, by the model's own hidden states
+    category: custom
+    probe: cooking.safetensors
+    threshold: {fpr: 0.1}
+    action: halt
+"""
 _NAME = "SmolLM2-135M-Instruct"
 _START_TIMEOUT_S = 300
 _METRICS = (
@@ -40,17 +50,25 @@ _METRICS = (
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, what the guard must say of it, and words that must be gone or must stay."""
+    """A prompt, what the guard must say of it, and what must be gone from the answer.
+
+    begins  least characters of the answer that must be said before the verdict.
+    """
 
     prompt: str
     rule: str | None
     gone: tuple[str, ...] = ()
+    begins: int = 0
 
 
 CASES = (
     Case("Repeat this line exactly: The launch code is TANGO-7431-BRAVO.", "launch-code", ("TANGO-7431",)),
     Case("Tell me about Coca-Cola in two sentences.", "brand", ("Coca-Cola",)),
     Case("Explain in one sentence what photosynthesis is.", None, ("carbon dioxide",)),
+    Case(
+        "Describe a rainy day in two sentences. Then explain how to bake bread, step by step.",
+        "cooking", begins=40,
+    ),
 )  # fmt: skip
 
 
@@ -101,7 +119,7 @@ class Server:
             model=_NAME,
             messages=[{"role": "user", "content": prompt}],
             temperature=0,
-            max_tokens=64,
+            max_tokens=128,
             stream=True,
         )
         for chunk in stream:
@@ -171,6 +189,26 @@ def value(metrics: str, name: str, **labels: str) -> float:
     return total
 
 
+def _with_probe(model: Path, folder: Path) -> Path:
+    """Fit the example concept by the command that users run; return a policy that has it as a rule.
+
+    Raises ConfigurationError with the end of what the command printed.
+    """
+    probe = folder / "cooking.safetensors"
+    command = [
+        str(Path(sys.executable).parent / "streamguard"), "probe", "fit", "--model", str(model),
+        "--concept", str(CONCEPT), "--output", str(probe),
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        tail = "\n".join(done.stderr.splitlines()[-15:])
+        raise ConfigurationError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
+    policy = folder / "demo.yaml"
+    policy.write_text(POLICY.read_text(encoding="utf-8") + PROBE_RULE, encoding="utf-8")
+    return policy
+
+
 def _shown(case: Case, plain: Answer, guarded: Answer) -> Panel:
     verdict = guarded.stop_reason or ""
     table = Table.grid(padding=(0, 1))
@@ -197,13 +235,21 @@ def _failures(metrics: str, answers: list[tuple[Case, Answer, Answer]]) -> list[
         for word in case.gone:
             if word.casefold() in guarded.text.casefold():
                 found.append(f"{case.prompt!r}: the guarded text contains {word!r}")
-        if not any(word.casefold() in plain.text.casefold() for word in case.gone):
+        if case.gone and not any(w.casefold() in plain.text.casefold() for w in case.gone):
             found.append(f"{case.prompt!r}: the unguarded model wrote none of {case.gone}")
         wanted = f"streamguard:{case.rule}" if case.rule else None
         if wanted and (guarded.finish_reason, guarded.stop_reason) != ("content_filter", wanted):
             found.append(
                 f"{case.prompt!r}: ended with {guarded.finish_reason}, {guarded.stop_reason}; "
                 f"expected content_filter, {wanted}"
+            )
+        same = os.path.commonprefix([plain.text, guarded.text])  # noqa: RUF071
+        if len(same.strip()) < case.begins or (
+            case.begins and len(guarded.text) >= len(plain.text)
+        ):
+            found.append(
+                f"{case.prompt!r}: the guarded text has {len(guarded.text)} characters, the unguarded "
+                f"one {len(plain.text)}; it was to end in its midst, after {case.begins} at least"
             )
         if case.rule and value(metrics, "streamguard_verdicts_total", rule=case.rule) != 1:
             found.append(f"metrics count another number of verdicts than 1 for rule {case.rule}")
@@ -226,9 +272,13 @@ def run(console: Console) -> list[str]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="streamguard-demo-")))
         stack.enter_context(progress)
-        task = progress.add_task("starting vllm serve twice: unguarded and guarded")
+        task = progress.add_task(
+            "fitting a probe to a topic: the model answers questions (a minute or two)"
+        )
+        policy = _with_probe(model, folder)
+        progress.update(task, description="starting vllm serve twice: unguarded and guarded")
         plain = stack.enter_context(serve(model, folder / "unguarded.log", None))
-        guarded = stack.enter_context(serve(model, folder / "guarded.log", POLICY))
+        guarded = stack.enter_context(serve(model, folder / "guarded.log", policy))
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not (plain.ready() and guarded.ready()):
             if time.monotonic() > deadline:

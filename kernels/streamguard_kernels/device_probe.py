@@ -238,7 +238,8 @@ def _read_kernel(
                 tl.debug_barrier()  # before other threads read what was stored
                 mean = tl.div_rn(total_score, known.to(tl.float32))
                 run = tl.where(known < size, float("-inf"), least)
-                average = tl.where(count > 0, value + weight * (score - value), score)
+                average = value + weight * (score - value)
+                average = tl.where(average < 0, 0.0, average)
                 sum_ = value + score - drift
                 sum_ = tl.where(sum_ < 0, 0.0, sum_)
                 statistic = tl.where(kind == _WINDOW, mean, run)

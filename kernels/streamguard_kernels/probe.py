@@ -81,8 +81,9 @@ def peaks(running, offsets, warmup, out):
     for text in range(len(offsets) - 1):
         highest = np.float32(-np.inf)
         for at in range(offsets[text] + warmup - 1, offsets[text + 1]):
-            if not running[at] <= highest:
-                highest = running[at]
+            one = running[at]
+            if one > highest or one != one:  # a NaN stays
+                highest = one
         out[text] = highest
 
 

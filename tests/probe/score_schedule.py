@@ -187,8 +187,8 @@ def statistics(how: Aggregation, scores: Sequence[float]) -> list[float]:
         elif how.kind == "consecutive":
             found.append(min(last) if len(last) == how.size else float("-inf"))
         elif how.kind == "ema":
-            before = found[-1] if found else scores[0]
-            found.append(before + how.weight * (scores[i] - before))
+            before = found[-1] if found else 0.0
+            found.append(max(0.0, before + how.weight * (scores[i] - before)))
         else:
             found.append(max(0.0, (found[-1] if found else 0.0) + scores[i] - how.drift))
     return found

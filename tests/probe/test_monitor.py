@@ -172,13 +172,12 @@ def test_shapes_and_slots_that_do_not_fit_are_refused_before_anything_is_read(
     assert monitor.feed([0], [0], [0, 2], rows).tolist() == [False]
 
 
-def test_finite_scores_whose_difference_is_not_are_a_failure(tmp_path: Path) -> None:
+def test_finite_scores_whose_difference_is_not_are_no_failure(tmp_path: Path) -> None:
     save_probe(tmp_path, heads={"ema": Aggregation("ema", weight=0.5)})
     guard = row_guard(tmp_path, {"id": "p", "threshold": 1e30, "action": "halt"})
     guard.admit(0, (), policy="default", max_tokens=9)
-    assert not feed(guard, 0, 0, 3e38)
-    assert not feed(guard, 0, 1, -3e38)  # -inf: lower than any threshold
-    assert feed(guard, 0, 2, 3e38)  # inf - inf
+    for position, score in enumerate((1e20, -3e38, 3e38, -3e38)):
+        assert not feed(guard, 0, position, score)
 
 
 # ------------------------------------------------------------------- inside a RowGuard
