@@ -32,7 +32,7 @@ def next_statistic(kind, size, weight, drift, count, value, ring, score):
     failure: whoever feeds scores looks for it first.
     """
     score = np.float32(score)
-    if kind == EMA or kind == CUSUM:
+    if kind in (EMA, CUSUM):
         if kind == EMA:
             total = np.float32(value + np.float32(weight * np.float32(score - value)))
         else:

@@ -70,6 +70,7 @@ def calibrate(
         encode(
             items, model.tokenizer,
             max_prompt=options.max_prompt, max_response=options.max_response,
+            stage=probe.card.stage,
         )
     )  # fmt: skip
     rows = _scores(probe, model, texts, folder, engine_options, step)

@@ -18,7 +18,7 @@ from streamguard.errors import ProbeError
 from streamguard.probe import choose, collect
 from streamguard.probe.artifact import DataCard
 from streamguard.probe.concept_file import Concept
-from streamguard.probe.fit import Fitted, Step, assemble, quiet
+from streamguard.probe.fit import Fitted, Step, assemble, check_layers, quiet
 from streamguard.probe.model import ServedModel
 from streamguard.probe.pool import Index, Pool
 from streamguard.probe.prepare import FitOptions
@@ -47,6 +47,8 @@ def fit_concept(
 
     Raises ProbeError if the model's answers are too short or too few to tell.
     """
+    if layer is not None:
+        check_layers(model, [layer])
     rng = np.random.default_rng(seed)
     options = FitOptions(head=concept.name, max_response=concept.max_tokens, seed=seed)
     prompts = [*concept.prompts, *concept.others]

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from streamguard.errors import ProbeError
 from streamguard.probe import choose, collect
-from streamguard.probe.artifact import AggregationCard, Card, DataCard, HeadCard, Probe
+from streamguard.probe.artifact import NORM, AggregationCard, Card, DataCard, HeadCard, Probe
 from streamguard.probe.data import (
     Data,
 )
@@ -61,6 +62,7 @@ def fit(
     activations  folder for hidden states; a run that was cut off goes on there.
     Raises ProbeError for data or a model that cannot support a probe.
     """
+    check_layers(model, options.layers or ())
     ready = prepare(data, model, options)
     items, part = ready.items, ready.part
     longest = options.max_prompt + options.max_response + 2
@@ -114,6 +116,16 @@ def fit(
         }
         probe = replace(probe, card=probe.card.model_copy(update={"metrics": metrics}))
     return Fitted(probe, measured, sweep)
+
+
+def check_layers(model: ServedModel, layers: Sequence[int | str]) -> None:
+    """Raise ProbeError for a layer that the model does not have, before an engine starts."""
+    last = model.card.num_layers - 1
+    for layer in layers:
+        if layer != NORM and not (isinstance(layer, int) and 0 <= layer <= last):
+            raise ProbeError(
+                f"layer {layer} of {model.card.name}: it has the layers 0..{last}, and {NORM!r}."
+            )
 
 
 def assemble(
@@ -185,6 +197,8 @@ def _layer(
 
 def _cut(text: Text, most: int) -> Text:
 
+    if not len(text.response):
+        return text  # of a prompt all is read
     return replace(text, response=text.response[:most], harmful=text.harmful[:most])
 
 

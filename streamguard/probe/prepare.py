@@ -114,7 +114,7 @@ def prepare(data: Data, model: ServedModel, options: FitOptions) -> Prepared:
     heads, labels = heads_of(items, options.head, options.categories)
     part = {name: np.asarray(getattr(splits, name), np.int64) for name in _PARTS}
     limits = {"max_prompt": options.max_prompt, "max_response": options.max_response}
-    texts = list(encode(items, model.tokenizer, **limits))
+    texts = list(encode(items, model.tokenizer, **limits, stage=options.stage))
     fitting = np.concatenate([part["train"], part["calibration"]])
     swept = drawn(items, fitting, _SWEEP_TEXTS, rng)
     every, spliced = _with_splices(texts, labels[:, 0], part, options, rng)

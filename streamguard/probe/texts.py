@@ -18,7 +18,8 @@ class Text:
     """One conversation of a prompt and a response, cut to what is read of it.
 
     prompt, response  int64[...] token ids; the prompt with the chat template around it.
-    harmful           bool[len(response)]: the label of each response token.
+    harmful           bool: the label of each token that is read, the response's or, for a probe of
+                      prompts, the prompt's (the response is empty then).
     item              number of the item that it is made of; of a splice, that of the harmful part.
     length            tokens of the whole response, those beyond the cut included.
     onset             index of the first harmful token of a splice, -1 for a text as it came.
@@ -38,7 +39,12 @@ class Text:
 
 
 def encode(
-    items: Sequence[Item], tokenizer: Any, *, max_prompt: int, max_response: int
+    items: Sequence[Item],
+    tokenizer: Any,
+    *,
+    max_prompt: int,
+    max_response: int,
+    stage: str = "output",
 ) -> Iterable[Text]:
     """Tokenize items one by one; a prompt that is too long loses its beginning.
 
@@ -46,6 +52,10 @@ def encode(
     """
     for number, item in enumerate(items):
         prompt = chat_prompt(tokenizer, item.prompt)[-max_prompt:]
+        if stage == "prompt":
+            harmful = np.full(len(prompt), bool(item.label))
+            yield Text(prompt, np.empty(0, np.int64), harmful, number, len(prompt))
+            continue
         encoded = tokenizer(
             item.response, add_special_tokens=False,
             return_offsets_mapping=item.spans is not None and tokenizer.is_fast,

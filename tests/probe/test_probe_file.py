@@ -118,7 +118,7 @@ def test_a_fingerprint_is_that_of_the_weights(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_has_no_fingerprint(tmp_path: Path) -> None:
-    with pytest.raises(ProbeError, match="no \\*.safetensors"):
+    with pytest.raises(ProbeError, match=r"no \*\.safetensors"):
         model_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 4)
     with pytest.raises(ProbeError, match="not a safetensors file"):
