@@ -25,6 +25,7 @@ from benchmarks import (
     bench_growth,
     bench_lookahead,
     bench_packs,
+    bench_probe,
     bench_text_stream,
     bench_vocabularies,
     report,
@@ -36,6 +37,7 @@ Bench = Callable[[bool, Callable[[str], None]], report.Results]
 def _benches(quick: bool) -> dict[str, tuple[Bench, int]]:
     """The bench of each room, and how often it will report progress."""
     turns = bench_engine.turns_per_round() * (bench_engine.rounds(quick) + 1)
+    probe_turns = bench_probe.turns_per_round() * (bench_probe.rounds(quick) + 1)
     return {
         "advance": (bench_advance.bench, len(bench_advance.cases())),
         "forms": (bench_forms.bench, len(bench_forms.TEXTS)),
@@ -46,6 +48,7 @@ def _benches(quick: bool) -> dict[str, tuple[Bench, int]]:
         "growth": (bench_growth.bench, len(bench_growth.cases(quick))),
         "text-stream": (bench_text_stream.bench, len(bench_text_stream.cases())),
         "engine": (bench_engine.bench, len(bench_engine.BATCHES) * turns),
+        "probe": (bench_probe.bench, len(bench_probe.BATCHES) * probe_turns),
     }
 
 

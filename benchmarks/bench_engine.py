@@ -22,7 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,26 +103,32 @@ def worker(folder: Path, name: str, policies: Path | None) -> Iterator[Worker]:
             process.wait()
 
 
+def write_policies(folder: Path) -> None:
+    """Write the policies of `variants`, by name, and a default one."""
+    for i, (action, num_literals) in enumerate(variants()):
+        text = policy_text(num_literals, action, f"{action}-{num_literals}")
+        # The only policy that clients need not ask for is the one named default.
+        (folder / f"{i}.yaml").write_text(text)
+    (folder / "default.yaml").write_text(policy_text(10, "observe", "default"))
+
+
 @contextmanager
-def engines() -> Iterator[tuple[Worker, Worker]]:
-    """A guarded and an unguarded engine, both loaded. The policies are named as in `variants`."""
+def engines(
+    write: Callable[[Path], None] = write_policies, max_batch: int = max(BATCHES)
+) -> Iterator[tuple[Worker, Worker]]:
+    """A guarded and an unguarded engine, both loaded. write: puts the policies into a folder."""
     model = str(demo_model())
     with tempfile.TemporaryDirectory(prefix="streamguard-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         policies = folder / "policies"
         policies.mkdir()
-        for i, (action, num_literals) in enumerate(variants()):
-            text = policy_text(num_literals, action, f"{action}-{num_literals}")
-            # The only policy that clients need not ask for is the one named default.
-            file = policies / f"{i}.yaml"
-            file.write_text(text)
-        (policies / "default.yaml").write_text(policy_text(10, "observe", "default"))
+        write(policies)
         both = (
             stack.enter_context(worker(folder, "guarded", policies)),
             stack.enter_context(worker(folder, UNGUARDED, None)),
         )
         for each in both:
-            each.send(model=model, max_batch=max(BATCHES))
+            each.send(model=model, max_batch=max_batch)
         for each in both:
             each.receive()
         yield both
@@ -162,11 +168,14 @@ class Turns:
 
 def measure(
     guarded: Worker, unguarded: Worker, batch: int, num_rounds: int,
-    on_turn: Callable[[], None] = lambda: None,
+    on_turn: Callable[[], None] = lambda: None, names: Sequence[str] = (),
 ) -> Turns:  # fmt: skip
-    """Let the engines generate in turns; round 0 warms up, is compared and dropped."""
+    """Let the engines generate in turns; round 0 warms up, is compared and dropped.
+
+    names  of the guarded engine's policies; those of `variants` if none are given.
+    """
     turns = Turns()
-    names = [f"{action}-{n}" for action, n in variants()]
+    names = list(names) or [f"{action}-{n}" for action, n in variants()]
     expected = None
     for number in range(num_rounds + 1):
         shift = number % len(names)

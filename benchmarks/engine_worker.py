@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
-PHASES = ("commit", "mask", "decide")
+PHASES = ("commit", "mask", "decide", "probe")
 
 
 class Engine:
