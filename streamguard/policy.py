@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from streamguard.policy_errors import Problems, found, show, wrong_type
+from streamguard.policy_probes import Probes, check_probe
 from streamguard.policy_reader import MAX_FILE_BYTES, UnreadableError, parse_yaml, read_text
 from streamguard.policy_regexes import check_budget, check_regexes
 from streamguard.policy_schema import (
@@ -33,9 +34,11 @@ from streamguard.policy_schema import (
     VALIDATORS,
     PolicySchema,
     RuleSchema,
+    stage_of_patterns,
     text_fault,
     validate,
 )
+from streamguard.probe.rule import ProbeRule
 from streamguard.rule_packs import load_pack, pack_names, unknown_pack
 
 __all__ = [
@@ -62,6 +65,7 @@ class Rule:
     """One rule, resolved: what to look for and what to do when a model would write it.
 
     validate  one of VALIDATORS, whose checksum must hold for what a regex matches, or None.
+    probe     what reads the model's hidden states, in place of patterns, or None.
     """
 
     id: str
@@ -74,6 +78,7 @@ class Rule:
     message: str | None
     regexes: tuple[str, ...] = ()
     validate: str | None = None
+    probe: ProbeRule | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Policy:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, lenient: bool = False) -> Policy:
-        """Load one policy file and the literals files that it names.
+        """Load one policy file and the literals files and probes that it names.
 
         lenient  leave out literals that cannot be used, with a line each in `warnings`, instead of
                  refusing the policy. Everything else that is wrong is refused all the same, and so
@@ -124,7 +129,8 @@ class Policy:
     ) -> Policy:
         """Build a policy from the objects that its YAML would give; same checks as `load`.
 
-        base_dir    where relative literals_file paths start; the working directory if None.
+        base_dir    where relative paths of literals_file and probe start; the working directory
+                    if None.
         """
         return _resolve(mapping, Problems(source, lenient=lenient), Path(base_dir or "."))
 
@@ -133,9 +139,14 @@ class Policy:
         """Literals and regexes of all rules together."""
         return sum(len(rule.literals) + len(rule.regexes) for rule in self.rules)
 
+    @property
+    def num_probe_rules(self) -> int:
+        """Rules that read a probe: they act inside an engine only, where hidden states are."""
+        return sum(rule.probe is not None for rule in self.rules)
+
     @cached_property
     def sha256(self) -> str:
-        """Hex digest of the resolved content, literals included.
+        """Hex digest of the resolved content, literals and probes included.
 
         Does not depend on how, or in which files, the content was written down.
         """
@@ -228,7 +239,9 @@ class PolicySet:
 
 def _content(rule: Rule) -> dict[str, Any]:
     """A rule's fields; one that came later is left out where unused: older digests stay."""
-    return {k: v for k, v in vars(rule).items() if k not in ("regexes", "validate") or v}
+    later = ("regexes", "validate", "probe")
+    content = {key: value for key, value in vars(rule).items() if key not in later or value}
+    return content if rule.probe is None else {**content, "probe": rule.probe.content}
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -264,6 +277,7 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
         )
     resolved: list[Rule] = []
     place_of_id: dict[str, int] = {}
+    probes = Probes(base_dir)
     num_patterns = 0
     for index, entry in enumerate(rules):
         rule_id = entry.get("id") if isinstance(entry, Mapping) else None
@@ -279,9 +293,17 @@ def _resolve(data: object, problems: Problems, base_dir: Path) -> Policy:
         rule = validate(RuleSchema, entry, place, problems)
         if rule is None:
             continue
+        _check_message(rule, place, problems)
+        probe = check_probe(rule, place, probes, problems)
+        if "probe" in rule.model_fields_set:
+            if probe is not None:
+                resolved.append(_probe_rule(rule, probe))
+            continue
         own_forms = "normalize" in rule.model_fields_set
         forms = rule.normalize if own_forms else header.defaults.normalize
-        _check_message(rule, place, problems)
+        stage_fault = stage_of_patterns(rule.stage)
+        if stage_fault:
+            problems.add(place + stage_fault)
         _check_validate(rule, place, problems)
         room = MAX_PATTERNS - num_patterns
         literals = _patterns(rule, tuple(forms), place, base_dir, room, problems)
@@ -342,6 +364,20 @@ def _extend(
             found = Policy.from_dict(pack.policy, source=f"pack {name}").rules
             rules += [rule for rule in found if rule.id not in own_ids]
     return tuple(packs), rules
+
+
+def _probe_rule(rule: RuleSchema, probe: ProbeRule) -> Rule:
+    return Rule(
+        id=rule.id,
+        category=rule.category,
+        stage=rule.stage,
+        literals=(),
+        normalize=(),
+        boundary="none",
+        action=rule.action,
+        message=rule.message or None,
+        probe=probe,
+    )
 
 
 def _check_message(rule: RuleSchema, place: str, problems: Problems) -> None:
@@ -427,7 +463,8 @@ def _patterns(
     if not num_seen and not rule.regexes and not rule.validator:
         problems.add(
             f"{place}no pattern to match; a rule needs literals, a literals_file or regexes with "
-            f"at least one entry. Without, it would never act. Add one or delete the rule."
+            f"at least one entry, or a probe. Without, it would never act. Add one or delete the "
+            f"rule."
         )
     elif problems.lenient and not patterns and first_fault:
         # Left out with all its literals, a rule would guard nothing, and nobody would know.

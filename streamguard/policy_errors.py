@@ -21,6 +21,7 @@ _EXPECTED = {
     "string_type": "a string",
     "bool_type": "true or false, without quotes",
     "int_type": "an integer, without quotes",
+    "float_type": "a number, without quotes",
     "list_type": "a list",
     "model_type": "a mapping",
     "dict_type": "a mapping",

@@ -50,14 +50,12 @@ _NOT_YET: dict[str, dict[str, str]] = {
     "action": {
         "redact": "Use mask (the model goes on without the match) or halt.",
     },
+    # Of patterns: see `stage_of_patterns`.
     "stage": {
         "prompt": "Use output, which checks what the model writes.",
         "both": "Use output, which checks what the model writes.",
     },
-    "key": {
-        "probe": "Use literals.",
-        "threshold": "Delete it; it belongs to probe.",
-    },
+    "key": {},
 }
 
 ACTIONS = tuple(action for action in SEVERITY if action not in _NOT_YET["action"])
@@ -73,9 +71,14 @@ def _not_yet(kind: str, word: str, allowed: Iterable[str]) -> str:
     )
 
 
-def _word(kind: str, words: tuple[str, ...]) -> Callable[[str], str]:
-    """Make the check of an enumerated value, apart for known-but-later and for unknown words."""
-    later = _NOT_YET.get(kind, {})
+def _word(
+    kind: str, words: tuple[str, ...], later: Mapping[str, str] | None = None
+) -> Callable[[str], str]:
+    """Make the check of an enumerated value, apart for known-but-later and for unknown words.
+
+    later  the former, with what to do instead; those of `_NOT_YET` if None.
+    """
+    later = _NOT_YET.get(kind, {}) if later is None else later
     allowed = [word for word in words if word not in later]
 
     def check(value: str) -> str:
@@ -104,6 +107,11 @@ def _identifier(key: str, form: re.Pattern[str], allowed: str) -> Callable[[str]
     return check
 
 
+def stage_of_patterns(stage: str) -> str | None:
+    """Say why patterns cannot be looked for at a stage that only a probe can read, or None."""
+    return _not_yet("stage", stage, ["output"]) if stage in _NOT_YET["stage"] else None
+
+
 def text_fault(text: str) -> str | None:
     """Say why a string cannot be matched or sent, or None."""
     if "\ufffd" in text:
@@ -124,6 +132,17 @@ def _message(value: str) -> str:
             f"space, since the client reads it in place of the answer. Give such a text."
         )
     return value
+
+
+def _not_negative(key: str) -> Callable[[float], float]:
+    def check(value: float) -> float:
+        if not 0 <= value < float("inf"):
+            raise ValueError(
+                f"{key} is {show(value)}; allowed: 0 or more, in units of the score. Correct it."
+            )
+        return value
+
+    return check
 
 
 def _in_order(forms: list[str]) -> list[str]:
@@ -157,7 +176,7 @@ class DefaultsSchema(_Schema):
 class RuleSchema(_Schema):
     id: Annotated[str, AfterValidator(_identifier("id", _ID, "a-z, 0-9 and -"))]
     category: Annotated[str, AfterValidator(_word("category", CATEGORIES))] = "custom"
-    stage: Annotated[str, AfterValidator(_word("stage", STAGES))] = "output"
+    stage: Annotated[str, AfterValidator(_word("stage", STAGES, later={}))] = "output"
     # Items are checked by _patterns: one pydantic error each would drown a long list.
     literals: Annotated[list[Any], BeforeValidator(_as_list)] = []
     literals_file: str = ""
@@ -171,6 +190,16 @@ class RuleSchema(_Schema):
     boundary: Annotated[str, AfterValidator(_word("boundary", BOUNDARIES))] = "none"
     action: Annotated[str, AfterValidator(_word("action", SEVERITY))]
     message: Annotated[str, AfterValidator(_message)] = ""
+    # In place of patterns; policy_probes checks how they go together.
+    probe: str = ""
+    threshold: Any = None
+    head: str = ""
+    hysteresis: Annotated[float, AfterValidator(_not_negative("hysteresis"))] = 0.0
+
+
+class ThresholdSchema(_Schema):
+    fpr: float | None = None
+    confidence: float | None = None
 
 
 class PolicySchema(_Schema):

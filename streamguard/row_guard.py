@@ -14,6 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from streamguard.compiler.program import Program
 from streamguard.compiler.rules import MASK, OBSERVE
+from streamguard.probe.columns import ProbeTable
+from streamguard.probe.monitor import Monitor
 from streamguard.session import Session
 from streamguard.verdict import Progress, VerdictCodes
 
@@ -31,6 +33,8 @@ class RowGuard:
 
     One step is: `commit` what was sampled before, `mask` the logits, sample, `decide`. Every call is
     a function of the committed tokens, so steps may be repeated or their samples thrown away.
+    Where policies have probe rules (`probe` is their monitor then, else None), `feed_scores` comes
+    between the forward pass and `decide`.
     """
 
     def __init__(self, program: Program, codes: VerdictCodes, num_slots: int) -> None:
@@ -45,6 +49,9 @@ class RowGuard:
         self._spare = np.zeros(len(program.vocabulary), bool)
         self._spare[list(codes.spare)] = True
         self._group = np.array([r.group for r in program.rules])
+        self.probe: Monitor | None = None
+        if any(rule.rule.probe for rule in program.rules):
+            self.probe = Monitor(ProbeTable.from_table(program.table), num_slots)
 
     def admit(
         self,
@@ -56,8 +63,14 @@ class RowGuard:
         hide_special_tokens: bool = True,
         end_token_ids: Sequence[int] = (),
         show_end_token: bool = False,
+        prompt_len: int | None = None,
+        count_from: int | None = None,
     ) -> None:
-        """Begin a text. max_tokens = most tokens it can have, the engine's own limit included."""
+        """Begin a text. max_tokens = most tokens it can have, the engine's own limit included.
+
+        prompt_len  tokens of the prompt, if prompt_token_ids holds not all of them.
+        count_from  see `Monitor.reset`; of probe rules only.
+        """
         self.session.reset(
             slot,
             prompt_token_ids,
@@ -69,6 +82,9 @@ class RowGuard:
         self._policy[slot] = self.program.policies.index(policy)
         self._limit[slot], self._committed[slot] = max_tokens, 0
         self._progress[slot], self._running[slot] = Progress(), False
+        if self.probe is not None:
+            length = len(prompt_token_ids) if prompt_len is None else prompt_len
+            self.probe.reset(slot, int(self._policy[slot]), length, count_from)
 
     def warm_up(self) -> None:
         """Compile every kernel now (some ten seconds once per machine), not at the first request."""
@@ -86,7 +102,7 @@ class RowGuard:
     def release(self, slot: int) -> None:
         """Forget a slot."""
         self._running[slot] = False
-        self.session.release(slot)
+        self.let_pass(slot)
 
     def committed(self, slot: int) -> int:
         """How many tokens of the slot's text were committed so far."""
@@ -103,6 +119,8 @@ class RowGuard:
     def let_pass(self, slot: int) -> None:
         """Stop matching in a slot: its rows never hit again."""
         self.session.release(slot)
+        if self.probe is not None:
+            self.probe.release(slot)
 
     def resume_verdict(self, slot: int, rule: int, step: int) -> None:
         """Put a script in place that the committed tokens do not show (verdicts kept beside)."""
@@ -125,6 +143,29 @@ class RowGuard:
         self._running[slot] = progress.rule is not None
         return belongs
 
+    def feed_scores(
+        self, slots: ArrayLike, starts: ArrayLike, row_offsets: ArrayLike, scores: ArrayLike
+    ) -> NDArray[np.bool_]:
+        """Take in the scores of a forward pass; see `Monitor.feed`.
+
+        Returns which slots have failed, bool[n]: their policy's `on_error` decides, by
+        `resume_verdict(slot, FAILED, 0)` or `let_pass(slot)`. False of slots without probe rules.
+        """
+        if self.probe is None:
+            return np.zeros(np.shape(slots), bool)
+        return self.probe.feed(slots, starts, row_offsets, scores)
+
+    def unread(self, slots: ArrayLike) -> NDArray[np.bool_]:
+        """Whether scores of committed tokens have not been fed to a slot with probe rules: bool[n].
+
+        To ask before `decide` of rows whose sample will be committed: nothing would fire otherwise,
+        and nobody would know. In chunks of a prompt it is true up to the last one.
+        """
+        mine = np.asarray(slots, np.int64)
+        if self.probe is None:
+            return np.zeros(len(mine), bool)
+        return self.probe.behind(mine, self._committed[mine])
+
     def mask(self, logits: NDArray[np.float32], rows: ArrayLike, slots: ArrayLike) -> None:
         """Make tokens that would complete a mask rule impossible; in place."""
         edited, mine = np.asarray(rows, np.int64), np.asarray(slots, np.int64)
@@ -139,12 +180,12 @@ class RowGuard:
         sampled: NDArray[np.int64],
         impossible: NDArray[np.bool_] | None = None,
     ) -> list[Fired]:
-        """Replace samples that would complete a match, and run scripts on; in place.
+        """Replace samples that would complete a match, or that a probe forbids; run scripts on. In place.
 
         sampled     int64[num_rows]: row r belongs to slots[r].
         impossible  bool[num_rows]: the row had no possible token left after `mask`.
-        Returns every rule that a sampled token completes, observe rules included; a script that
-        merely goes on fires nothing.
+        Returns every rule that a sampled token completes or that the scores read so far fire,
+        observe rules included; a script that merely goes on fires nothing.
         """
         mine = np.asarray(slots, np.int64)
         running = self._running[mine]
@@ -160,6 +201,9 @@ class RowGuard:
         events: dict[int, list[int]] = {}
         if hits.any():
             for at, rule in self.session.events():
+                events.setdefault(int(rows[at]), []).append(rule)
+        if self.probe is not None:
+            for at, rule in self.probe.fired(live):
                 events.setdefault(int(rows[at]), []).append(rule)
         for row in () if impossible is None else rows[impossible[rows]].tolist():
             if all(self._group[rule] == OBSERVE for rule in events.get(row, ())):

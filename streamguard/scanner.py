@@ -204,7 +204,9 @@ def _plan_of(program: Program, policy: int) -> _Plan:
     if policy not in plans:
         t = program.tables
         lo, hi = int(t.policy_tracks[policy]), int(t.policy_tracks[policy + 1])
-        longest = int(t.pattern_length.max()) + 1  # not max_depth: regexes have no place to keep
+        longest = (
+            int(t.pattern_length.max(initial=0)) + 1
+        )  # not max_depth: regexes have no place to keep
         # A byte can end two characters, of at most MAX_MAPPED_BYTES each, in every track.
         most = max(1, _most_matches(program, lo, hi)) * 2 * MAX_MAPPED_BYTES * (hi - lo)
         withholds = np.array([r.group in (MASK, STOP) for r in program.rules], np.uint8)

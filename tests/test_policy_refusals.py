@@ -138,10 +138,6 @@ BAD_FILES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "regex that is refused": (in_rule("regexes: ['a$']"), ['regexes[0] "a$" asks where', "Use"]),
     "regex read as integer": (in_rule("regexes: [0123]"), ["regexes[0] is 0123 (an integer)"]),
-    "probe": (
-        in_rule("probe: p.safetensors\n    threshold: 0.5"),
-        ['"probe" is not supported', '"threshold" is not supported', "Use literals"],
-    ),
     "no matcher": (in_rule("category: pii"), ["no pattern to match", "needs literals", "Add one"]),
     "empty list of literals": (in_rule("literals: []"), ["no pattern to match", "literals_file"]),
     "literals a string": (

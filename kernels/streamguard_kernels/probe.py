@@ -6,6 +6,8 @@ this one definition; `device_probe` is the same on the device.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from streamguard_kernels.compiled import borrowing, compiled
@@ -82,3 +84,116 @@ def peaks(running, offsets, warmup, out):
             if not running[at] <= highest:
                 highest = running[at]
         out[text] = highest
+
+
+class Monitors(NamedTuple):
+    """What policies watch scores for; frozen. Arrays [num_policies, max_monitors], most severe first.
+
+    rule                   int32, -1 = no monitor here nor behind
+    column                 int32, of the scores
+    kind, size, warmup     int32; weight, drift float32: see `next_statistic`
+    threshold, hysteresis  float32
+    stage                  int32: 0 = reads the output, 1 = the prompt
+    stop                   bool: latched once it fired; else it observes, and counts crossings
+    """
+
+    rule: np.ndarray
+    column: np.ndarray
+    kind: np.ndarray
+    size: np.ndarray
+    weight: np.ndarray
+    drift: np.ndarray
+    warmup: np.ndarray
+    threshold: np.ndarray
+    hysteresis: np.ndarray
+    stage: np.ndarray
+    stop: np.ndarray
+
+
+class MonitorSlots(NamedTuple):
+    """What monitors remember of each text.
+
+    policy      int64[num_slots]: -1 = not watched
+    prompt_len  int64[num_slots]
+    count_from  int64[num_slots]: crossings before this position were counted already
+    expected    int64[num_slots]: next position to be read
+    value       float32[num_slots, max_monitors]; ring float32[num_slots, max_monitors, largest size]
+    above       uint8[num_slots, max_monitors]: 1 = the threshold was reached; a stop rule's stays
+    pending     uint8[num_slots, max_monitors]: 1 = a crossing that was not reported yet
+    failed      uint8[num_slots]: 1 = scores were missing or no numbers; nothing is read any more
+    news        uint8[num_slots]: 1 = a stop rule fired, or something is pending
+    """
+
+    policy: np.ndarray
+    prompt_len: np.ndarray
+    count_from: np.ndarray
+    expected: np.ndarray
+    value: np.ndarray
+    ring: np.ndarray
+    above: np.ndarray
+    pending: np.ndarray
+    failed: np.ndarray
+    news: np.ndarray
+
+
+@borrowing
+def _read_row(m, s, slot, position, scores, row):
+    """Take the scores of one position into the monitors that read it."""
+    policy, prompt_len = s.policy[slot], s.prompt_len[slot]
+    stage = np.int32(position < prompt_len)
+    for k in range(m.rule.shape[1]):
+        if m.rule[policy, k] >= 0 and m.stage[policy, k] == stage:
+            if not np.isfinite(scores[row, m.column[policy, k]]):
+                s.failed[slot] = 1
+                return
+    count = position if stage else position - prompt_len
+    # The prompt's crossings are reported with the first sample, which follows its last token.
+    counts = (prompt_len - 1 if stage else position) >= s.count_from[slot]
+    for k in range(m.rule.shape[1]):
+        if m.rule[policy, k] < 0 or m.stage[policy, k] != stage:
+            continue
+        statistic, s.value[slot, k] = next_statistic(
+            m.kind[policy, k], m.size[policy, k], m.weight[policy, k], m.drift[policy, k], count,
+            s.value[slot, k], s.ring[slot, k], scores[row, m.column[policy, k]],
+        )  # fmt: skip
+        if np.isnan(statistic):  # finite scores so large that their differences are not
+            s.failed[slot] = 1
+        if count + 1 < m.warmup[policy, k]:
+            continue
+        if statistic >= m.threshold[policy, k]:
+            if m.stop[policy, k]:
+                s.above[slot, k] = s.news[slot] = 1
+            elif not s.above[slot, k]:
+                s.above[slot, k] = 1
+                if counts:
+                    s.pending[slot, k] = s.news[slot] = 1
+        elif statistic < np.float32(m.threshold[policy, k] - m.hysteresis[policy, k]):
+            if not m.stop[policy, k]:
+                s.above[slot, k] = 0
+
+
+@compiled
+def read_scores(m, s, slots, starts, row_offsets, scores, failed):
+    """Take each slot's new scores into its monitors; see `probe.monitor.Monitor.feed`.
+
+    m, s         `Monitors`, `MonitorSlots`.
+    slots        int64[n]; starts int64[n]: position of each slot's first row.
+    row_offsets  int64[n + 1]: slot i owns scores[row_offsets[i]:row_offsets[i + 1]].
+    scores       float32[num_rows, num_columns].
+    failed       bool[n], out: whether the slot has failed, now or before.
+    """
+    for i in range(slots.shape[0]):
+        slot = slots[i]
+        policy = s.policy[slot]
+        failed[i] = False
+        if policy < 0 or m.rule[policy, 0] < 0:
+            continue
+        begin, end = row_offsets[i], row_offsets[i + 1]
+        if begin < end and starts[i] > s.expected[slot]:
+            s.failed[slot] = 1  # scores in between were never seen
+        for row in range(begin + max(0, s.expected[slot] - starts[i]), end):
+            if s.failed[slot]:
+                break
+            _read_row(m, s, slot, starts[i] + row - begin, scores, row)
+            s.expected[slot] += 1
+        failed[i] = s.failed[slot] != 0

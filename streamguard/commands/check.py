@@ -16,6 +16,7 @@ from streamguard.commands.terminal import (
     Lenient,
     count,
     print_table,
+    probe_note,
     progress_bar,
     read_policies,
     size,
@@ -107,6 +108,7 @@ def _summary(policies: PolicySet) -> dict[str, Any]:
                 "on_error": policy.on_error,
                 "rules": dict(Counter(rule.action for rule in policy.rules)),
                 "patterns": policy.num_patterns,
+                "probe_rules": policy.num_probe_rules,
                 "packs": list(policy.packs),
                 "sha256": policy.sha256,
             }
@@ -164,6 +166,8 @@ def _print(source: str, policies: PolicySet, compiled: dict[str, Any] | None) ->
     for name, policy in policies.policies.items():
         if policy.packs:
             print(f"{name} extends {', '.join(policy.packs)}")
+    if note := probe_note(found):
+        print(note)
     if compiled:
         print(
             f"compiled for {compiled['tokenizer']} ({compiled['tokens']:,} tokens): "

@@ -49,10 +49,16 @@ class Explained:
 
 
 def explain(policies: PolicySet, texts: Sequence[Path] = ()) -> list[Explained]:
-    """Look at each rule by itself. Compiles it once, and once more for each form if texts are given."""
+    """Look at each rule with patterns by itself.
+
+    Compiles it once, and once more for each form if texts are given.
+    """
     return [
-        _explain(policy, rule, texts) for policy in policies.policies.values() for rule in policy.rules
-    ]  # fmt: skip
+        _explain(policy, rule, texts)
+        for policy in policies.policies.values()
+        for rule in policy.rules
+        if rule.probe is None
+    ]
 
 
 def _explain(policy: Policy, rule: Rule, texts: Sequence[Path]) -> Explained:
@@ -130,6 +136,9 @@ def _hits(policy: Policy, rule: Rule, texts: Sequence[Path]) -> int:
 
 def show(found: list[Explained]) -> None:
     """Print a row per rule, then what its forms take for one another."""
+    if not found:
+        print("no rule has patterns to explain")
+        return
     several = len({one.policy for one in found}) > 1
 
     def name(one: Explained) -> str:

@@ -19,7 +19,9 @@ from streamguard.commands.terminal import (
     InputError,
     Lenient,
     load_policies,
+    probe_note,
     progress_bar,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ def command(
     Prints one JSON object a line with the keys rule, start, end and action: byte offsets into the
     raw input, end exclusive, every rule and end once with the earliest start (null: a regex ends
     there, and may have begun at several places). With several files
-    each object has the key file too. Lines are flushed as soon as a match is certain.
+    each object has the key file too. Lines are flushed as soon as a match is certain. Rules with a
+    probe read a model's hidden states: they are left out, with a note on stderr.
 
     \b
     Example:
@@ -73,6 +76,8 @@ def command(
             f'{policy}: no policy is named "{name}"; found: {", ".join(policies.policies)}. '
             f"Name one of these with --policy-name, or leave it out for the default one."
         )
+    if note := probe_note([policies.policies[name]]):
+        say("note", f"{note}; a scan reads text alone", "cyan")
     names = files or [STDIN]
     sizes = [_checked_size(file) for file in names]
     with progress_bar(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from streamguard.errors import StreamguardError
 
 if TYPE_CHECKING:
-    from streamguard.policy import PolicySet
+    from streamguard.policy import Policy, PolicySet
 
 EXIT_ERROR = 2
 #: A step that is over by then shows no spinner and no bar.
@@ -100,6 +100,16 @@ def read_policies(path: Path, lenient: bool) -> PolicySet:
 
     with spinner(f"reading {path}"):
         return PolicySet.load(path, lenient=lenient or lenient_by_environment())
+
+
+def probe_note(policies: Iterable[Policy]) -> str:
+    """Say how many rules no scan of text can apply, or nothing."""
+    number = sum(policy.num_probe_rules for policy in policies)
+    if not number:
+        return ""
+    return (
+        f"{count(number, 'probe rule')} {'acts' if number == 1 else 'act'} inside the engine only"
+    )
 
 
 def discard_stdout() -> None:

@@ -17,7 +17,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from streamguard.compiler.rules import RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import ArtifactError
 from streamguard.policy import Policy, PolicySet, Rule
+from streamguard.probe.rule import ProbeRule
 from streamguard_kernels.lookahead import Ranges
 from streamguard_kernels.tables import Tables
 
@@ -88,11 +89,14 @@ class Artifact:
         *,
         policy_sha256: str | None = None,
         vocabulary_sha256: str | None = None,
+        policies: PolicySet | None = None,
     ) -> Artifact:
         """Map the file and verify every byte of it (about 1 s per GB).
 
         policy_sha256      `PolicySet.sha256` that it must have been made from, if given.
         vocabulary_sha256  `Vocabulary.sha256` that it must have been made for, if given.
+        policies           what it must have been made from, loaded: the rules keep their probes, which
+                           are not in the file (`ProbeRule.probe` is None without).
         Raises ArtifactError if the file is missing, damaged, of another version, or made from
         another policy or tokenizer.
         """
@@ -101,10 +105,11 @@ class Artifact:
         header_bytes = _verify(source, buffer)
         try:
             header = json.loads(header_bytes)
-            policies = _policies(header, source)
+            stored = _policies(header, source)
             expected = (
-                ("policy", policies.sha256, header["policy_sha256"]),
+                ("policy", stored.sha256, header["policy_sha256"]),
                 ("policy", policy_sha256, header["policy_sha256"]),
+                ("policy", policies and policies.sha256, header["policy_sha256"]),
                 ("vocabulary", vocabulary_sha256, header["vocabulary_sha256"]),
             )
             for what, wanted, found in expected:
@@ -113,7 +118,10 @@ class Artifact:
                         f"{source}: made from the {what} with sha256 {found[:12]}…, but "
                         f"{str(wanted)[:12]}… is in use; it would guard something else. {_AGAIN}"
                     )
-            program = _program(header, policies, _read_arrays(header, buffer))
+            if policies is not None:  # in the order of the file, whose tables number the rules
+                mine = {name: policies.policies[name] for name in stored.policies}
+                stored = PolicySet(mine, stored.default)
+            program = _program(header, stored, _read_arrays(header, buffer))
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, ArtifactError):
                 raise
@@ -121,7 +129,7 @@ class Artifact:
                 f"{source}: its checksum is right, but the tables are not those of this build of "
                 f"streamguard ({type(error).__name__}: {error}). {_AGAIN}"
             ) from None
-        return cls(policies, program)
+        return cls(stored, program)
 
 
 # ------------------------------------------------------------------------------- writing
@@ -146,7 +154,7 @@ def _header(artifact: Artifact, arrays: dict[str, np.ndarray]) -> bytes:
             "name": policy.name,
             "client_selectable": policy.client_selectable,
             "on_error": policy.on_error,
-            "rules": [asdict(rule) for rule in policy.rules],
+            "rules": [_rule_fields(rule) for rule in policy.rules],
         }
         for policy in artifact.policies.policies.values()
     ]
@@ -161,6 +169,11 @@ def _header(artifact: Artifact, arrays: dict[str, np.ndarray]) -> bytes:
         "arrays": [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()],
     }
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _rule_fields(rule: Rule) -> dict[str, Any]:
+    """A probe is not copied into the file: path, digest and what the policy made of it are."""
+    return {**vars(rule), "probe": None if rule.probe is None else rule.probe.stored()}
 
 
 def _offsets(start: int, sizes: list[int]) -> Iterator[int]:
@@ -262,6 +275,8 @@ def _policies(header: dict[str, Any], source: str) -> PolicySet:
             fields: dict[str, Any] = {
                 key: tuple(v) if isinstance(v, list) else v for key, v in rule.items()
             }
+            if fields["probe"] is not None:
+                fields["probe"] = ProbeRule.restored(fields["probe"])
             rules.append(Rule(**fields))
         policies.append(Policy(**{**entry, "rules": tuple(rules), "source": source}))
     return PolicySet.from_policies(policies, source=source)

@@ -88,7 +88,8 @@ def build_literals(
 ) -> Automaton:
     """The automaton of all literals of a mapping.
 
-    literals  per rule its global index and its literals. rank int32, group uint8[num_rules].
+    literals  per rule its global index and its literals; no rule makes an automaton of one state.
+    rank int32, group uint8[num_rules].
     base      entries of the tables before this one; source: whose policy it is, for errors.
     on_progress  is told what share is done. Raises PolicyError beyond MAX_TABLE_BYTES.
     """
@@ -115,7 +116,7 @@ def build_literals(
     num_states = len(label)
     num_hot = num_states
     if 4 * (base + num_states * num_classes) > DENSE_BYTES:
-        num_hot = min(num_states - 1, max(1, HOT_BYTES // (4 * num_classes)))
+        num_hot = max(1, min(num_states - 1, HOT_BYTES // (4 * num_classes)))
     separator = int(class_of[SEPARATOR_BYTE]) if mapping.separators else -1
     # A separator begins a word as well as the mark does.
     alias = separator if mapping.wrap else -1
@@ -150,7 +151,7 @@ def build_literals(
         mapping, data, offsets, pattern_rule, class_of, packed, num_states + more, num_classes,
         failure, np.pad(first, (0, more), constant_values=-1), following, np.pad(suffix, (0, more)),
         np.pad(best, (0, more), constant_values=-1), np.pad(groups, (0, more)), quiet, length, start,
-        int(length.max()) + mapping.wrap, mapping.wrap, cold=cold, accepts=accepts,
+        int(length.max(initial=0)) + mapping.wrap, mapping.wrap, cold=cold, accepts=accepts,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def cached_program(policies: PolicySet, vocabulary: Vocabulary) -> Program:
     if path.exists():
         try:
             program = Artifact.load(
-                path, policy_sha256=policies.sha256, vocabulary_sha256=vocabulary.sha256
+                path, policies=policies, vocabulary_sha256=vocabulary.sha256
             ).program
             os.utime(path)
             return program

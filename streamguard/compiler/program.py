@@ -302,6 +302,16 @@ def compile_program(
             if automaton.twin:
                 tracks.append((len(automata), True))
             automata.append(automaton)
+        if len(tracks) == policy_tracks[-1]:
+            # Probe rules only: a track that never matches, so that every policy has one.
+            nothing = Mapping((), "none")
+            if nothing not in mappings:
+                mappings.append(nothing)
+            automata.append(
+                build_literals(nothing, [], rank, group, num_entries, name, work.part(0))
+            )
+            num_entries += automata[-1].packed.size
+            tracks.append((len(automata) - 1, False))
         if 4 * num_entries > MAX_TABLE_BYTES:
             raise PolicyError(
                 f"{policies.policies[name].source}: with its regexes the transition tables are "

@@ -86,8 +86,8 @@ BAD_POLICIES = {
         ["latin.txt", "not UTF-8", "0xe9", "line 2"],
     ),
     "not of this version": (
-        "{id: a, probe: x, action: halt}",
-        ['"probe"', "not supported by this version"],
+        "{id: a, literals: [x], action: redact}",
+        ['"redact"', "not supported by this version"],
     ),
     "pattern above the limit": (
         "{id: a, literals: [" + "x" * 4097 + "], action: halt}",

@@ -1,0 +1,111 @@
+"""Which scores a server's probe rules read: the columns of the score buffer, and tables for monitors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamguard.compiler.rules import OBSERVE, CompiledRule, RuleTable
+from streamguard.errors import ProbeError
+from streamguard.probe.artifact import Probe
+
+
+@dataclass(frozen=True)
+class ProbeTable:
+    """The probes of all policies and what each policy watches them for. Make one with `from_table`.
+
+    probes         distinct by `Probe.sha256`, in the order of the rules that name them first.
+    column_offset  by `Probe.sha256`: first column of the score buffer of the probe; its heads follow.
+    num_columns    of the score buffer.
+
+    A *monitor* is one probe rule of one policy. Arrays over [num_policies, max_monitors >= 1]; a place
+    without a monitor has rule -1. Within a policy the most severe rule comes first.
+    rule           int32: global rule index
+    column         int32: of the score buffer
+    kind, size     int32; weight, drift float32; warmup int32: see `Aggregation`
+    threshold, hysteresis  float32, in units of the statistic
+    stage          int32: 0 = reads the output, 1 = the prompt
+    stop           bool: the rule ends the response; else it observes
+    """
+
+    probes: tuple[Probe, ...]
+    column_offset: Mapping[str, int]
+    num_columns: int
+    rule: NDArray[np.int32]
+    column: NDArray[np.int32]
+    kind: NDArray[np.int32]
+    size: NDArray[np.int32]
+    weight: NDArray[np.float32]
+    drift: NDArray[np.float32]
+    warmup: NDArray[np.int32]
+    threshold: NDArray[np.float32]
+    hysteresis: NDArray[np.float32]
+    stage: NDArray[np.int32]
+    stop: NDArray[np.bool_]
+    rank: NDArray[np.int32] = field(repr=False)
+
+    @classmethod
+    def from_table(cls, table: RuleTable) -> ProbeTable:
+        """Lay out the probes of a rule table.
+
+        Raises ProbeError for rules that came from a compiled artefact without their policies.
+        """
+        probes: dict[str, Probe] = {}
+        watched: list[list[tuple[int, CompiledRule]]] = [[] for _ in table.policies]
+        for index, compiled in enumerate(table.rules):
+            found = compiled.rule.probe
+            if found is None:
+                continue
+            if found.probe is None:
+                raise ProbeError(
+                    f'policy {compiled.policy!r}: rule "{compiled.rule.id}": the weights of '
+                    f"{found.path} are not loaded: a compiled artefact holds none. Load the policy "
+                    f"file, and give it to Artifact.load."
+                )
+            probes.setdefault(found.sha256, found.probe)
+            watched[table.policies.index(compiled.policy)].append((index, compiled))
+        offsets: dict[str, int] = {}
+        num_columns = 0
+        for sha256, probe in probes.items():
+            offsets[sha256] = num_columns
+            num_columns += len(probe.heads)
+        shape = len(table.policies), max(1, *map(len, watched))
+        ints = {
+            name: np.zeros(shape, np.int32)
+            for name in ("column", "kind", "size", "warmup", "stage", "rank")
+        }
+        floats = {
+            name: np.zeros(shape, np.float32)
+            for name in ("weight", "drift", "threshold", "hysteresis")
+        }
+        rule, stop = np.full(shape, -1, np.int32), np.zeros(shape, bool)
+        ints["size"][:] = ints["warmup"][:] = 1
+        for policy, mine in enumerate(watched):
+            for k, (index, compiled) in enumerate(sorted(mine, key=lambda entry: entry[1].rank)):
+                found = compiled.rule.probe
+                assert found is not None
+                how = found.aggregation
+                at = policy, k
+                rule[at], stop[at] = index, compiled.group != OBSERVE
+                ints["rank"][at] = compiled.rank
+                ints["column"][at] = offsets[found.sha256] + found.column
+                ints["kind"][at], ints["size"][at] = how.code, how.size
+                ints["warmup"][at] = how.warmup
+                ints["stage"][at] = found.stage == "prompt"
+                floats["weight"][at], floats["drift"][at] = how.weight, how.drift
+                floats["threshold"][at] = found.threshold
+                floats["hysteresis"][at] = found.hysteresis
+        return cls(
+            tuple(probes.values()), offsets, num_columns, rule, stop=stop, **ints, **floats
+        )  # fmt: skip
+
+    def uses(self, policy: int) -> bool:
+        """Whether a policy has a probe rule."""
+        return bool((self.rule[policy] >= 0).any())
+
+    def reads_prompt(self, policy: int) -> bool:
+        """Whether a policy has a probe rule that reads the prompt."""
+        return bool(((self.rule[policy] >= 0) & (self.stage[policy] == 1)).any())
