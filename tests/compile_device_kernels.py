@@ -8,7 +8,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from streamguard_kernels import device, device_mask, device_tables
+from streamguard_kernels import device, device_mask, device_probe, device_tables
 
 ARCH = 90
 #: Types of the tables' arrays; all others are int32.
@@ -27,6 +27,8 @@ def main() -> None:
     tables = device_tables.DeviceTables(
         *(TYPES.get(name, "*i32") for name in device_tables.DeviceTables._fields)
     )
+    probes = device_probe.DeviceProbes("*i32", "*fp32", "*i32")
+    scored = device_probe.new_probe_slots(2, 3, 4, "cpu")
     common = {
         "t": tables,
         "s": device_tables.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
@@ -36,12 +38,33 @@ def main() -> None:
         "sampled": "*i64",
         "pos": "*i64",
         "logits": "*fp32",
+        "p": tables,  # where no policy has a probe the tables stand in for it
+        "q": device_tables.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
+    }
+    with_probes = {
+        "p": probes,
+        "q": device_probe.ProbeSlots(*(POINTERS[tensor.dtype] for tensor in scored)),
+        "positions": "*i64",
+        "query_start_loc": "*i32",
+        "scores": "*fp32",
+        "counter": "*i64",
+        "last_counter": "*i64",
     }
     cases: list[tuple[Any, dict[str, object], dict[str, object]]] = [
         (device._advance_kernel, {"TRACKS": 4}, {}),
         (device_mask._ranges_kernel, {"BLOCK": 256}, {}),
         (device_mask._walking_kernel, {"ROWS": 16, "BLOCK": 1024}, {}),
-        (device._decide_kernel, {"TRACKS": 4, "LOOK": True}, {"processed": "*bf16"}),
+        (
+            device._decide_kernel,
+            {"TRACKS": 4, "LOOK": True, "MONITORS": 0},
+            {"processed": "*bf16"},
+        ),
+        (
+            device._decide_kernel,
+            {"TRACKS": 4, "LOOK": True, "MONITORS": 4},
+            {"processed": "*bf16", **with_probes},
+        ),
+        (device_probe._read_kernel, {"MONITORS": 4}, with_probes),
     ]
     for kernel, constants, more in cases:
         types = {**common, **more, **dict.fromkeys(constants, "constexpr")}
@@ -51,7 +74,7 @@ def main() -> None:
         built = compile(
             ASTSource(kernel, signature, constexprs=values),
             target=GPUTarget("cuda", ARCH, 32),
-            options={"num_warps": 1 if "TRACKS" in constants else 8},
+            options={"num_warps": 8 if "BLOCK" in constants else 1},
         )
         print(f"sm_{ARCH} {kernel.__name__} {constants}: {len(built.asm['cubin'])} bytes")
 

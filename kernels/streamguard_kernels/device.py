@@ -1,8 +1,9 @@
 """The walk on the device: Triton kernels that agree bit for bit with `advance` and `lookahead`.
 
-At most four launches a step: `advance_slots` brings each slot up to its committed tokens,
-`device_mask.mask_rows` edits the logits of mask rules (two), `decide_rows` turns a sampled token that
-completes a match into a verdict. None of them copies to the host, allocates or depends on data for
+At most five launches a step: `advance_slots` brings each slot up to its committed tokens,
+`device_probe.read_scores` takes in what probes say of them, `device_mask.mask_rows` edits the logits of
+mask rules (two), `decide_rows` turns a sampled token that completes a match, or that a probe forbids,
+into a verdict. None of them copies to the host, allocates or depends on data for
 its grid, so they suit an engine that schedules ahead, and can be captured in a graph. Only the
 platform that runs them imports this module: it needs torch and triton.
 
@@ -16,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from streamguard_kernels.device_probe import DeviceProbes, ProbeSlots, count_alarms
 from streamguard_kernels.device_tables import (
+    FAILED_ALARM,
     MARKER_SPARE,
     MASK,
     NO_RANK,
@@ -61,12 +64,16 @@ def decide_rows(
     pos: torch.Tensor,
     total_len: torch.Tensor,
     processed: torch.Tensor | None = None,
+    *,
+    probes: DeviceProbes | None = None,
+    scored: ProbeSlots | None = None,
 ) -> None:
     """Replace each sampled token that a verdict forbids, before it is committed.
 
     A slot whose verdict has begun gets the next token of its script. A reserved id that the model
     chose by itself becomes `eos_token`. A token that completes a match of a stop or mask rule
-    becomes the first token of the script of the most severe such rule.
+    becomes the first token of the script of the most severe such rule, and so does any token if a
+    stop rule has fired on the scores read. Where scores failed and the policy blocks, the text ends.
 
     Counts every rule that the sampled token completes, observe rules included, once a token: here
     and not in `advance_slots`, which never sees the last token of a text and sees those before it
@@ -78,13 +85,17 @@ def decide_rows(
     processed  float[num_rows, >= num_tokens], the logits that were sampled from: where the sampled
                one is not finite, no token was possible, and the policy's most severe mask rule
                gives the verdict. None = not looked at.
+    probes, scored  after `device_probe.read_scores`; None = no policy has probe rules, or tokens are
+               only tried.
     """
+    width = 0 if scored is None else scored.value.shape[1]
     _decide_kernel[(sampled.shape[0],)](
-        t, s, sampled, idx_mapping, pos, total_len,
+        t, s, probes or t, scored or s, width, sampled, idx_mapping, pos, total_len,
         sampled if processed is None else processed,
         0 if processed is None else processed.stride(0),
         s.state.stride(0), s.end_tokens.stride(0), s.end_tokens.shape[1],
         t.token_special.shape[0], LOOK=processed is not None,
+        MONITORS=triton.next_power_of_2(width) if width else 0,
         TRACKS=triton.next_power_of_2(s.state.shape[1]), num_warps=1,
     )  # fmt: skip
 
@@ -164,6 +175,9 @@ def _advance_kernel(
 def _decide_kernel(
     t,
     s,
+    p,
+    q,
+    width,
     sampled,
     idx_mapping,
     pos,
@@ -175,6 +189,7 @@ def _decide_kernel(
     end_width,
     num_tokens,
     LOOK: tl.constexpr,
+    MONITORS: tl.constexpr,
     TRACKS: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -194,6 +209,12 @@ def _decide_kernel(
         stop = tl.load(t.spare_ids + STOP_SPARE)
         tl.store(sampled + row, tl.where(verdict >= 0, said, stop).to(tl.int64))
         return
+    alarm = NO_RANK
+    if MONITORS:
+        alarm = tl.load(q.alarm + slot)
+        if alarm == FAILED_ALARM:
+            tl.store(sampled + row, tl.load(t.spare_ids + STOP_SPARE).to(tl.int64))
+            return
     token = tl.load(sampled + row).to(tl.int32)
     known = (token >= 0) & (token < num_tokens)
     if known == 0:
@@ -231,6 +252,10 @@ def _decide_kernel(
         more = tl.max(tl.where(bit == PAGE, found, 0), axis=0)
         first += PAGE
     rank = tl.min(best, axis=0)
+    if MONITORS:
+        rank = tl.minimum(rank, alarm)
+        if committed:
+            count_alarms(p, q, s, slot, policy, width, MONITORS)
     some = rank != NO_RANK
     group = tl.load(t.rank_group + rank, mask=some, other=0).to(tl.int32)
     stops = (group & (MASK | STOP)) != 0

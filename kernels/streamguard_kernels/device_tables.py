@@ -29,6 +29,8 @@ STOP_SPARE = tl.constexpr(0)
 MARKER_SPARE = tl.constexpr(1)
 #: best_rank of a state in which no rule completes.
 NO_RANK = tl.constexpr(0x7FFFFFFF)
+#: In place of the rank of a probe rule that fired: its scores cannot be trusted, the text must end.
+FAILED_ALARM = tl.constexpr(-1)
 TRACK_FIELDS = tl.constexpr(18)
 #: How the tokens to mask in a row are found; see `device_mask`.
 NOTHING, EVERY, SUFFICE, CANDIDATES = (tl.constexpr(way) for way in (-1, 0, 1, 2))

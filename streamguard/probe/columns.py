@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ class ProbeTable:
     threshold, hysteresis  float32, in units of the statistic
     stage          int32: 0 = reads the output, 1 = the prompt
     stop           bool: the rule ends the response; else it observes
+    rank           int32: `CompiledRule.rank`
     """
 
     probes: tuple[Probe, ...]
@@ -45,7 +46,7 @@ class ProbeTable:
     hysteresis: NDArray[np.float32]
     stage: NDArray[np.int32]
     stop: NDArray[np.bool_]
-    rank: NDArray[np.int32] = field(repr=False)
+    rank: NDArray[np.int32]
 
     @classmethod
     def from_table(cls, table: RuleTable) -> ProbeTable:
@@ -73,33 +74,25 @@ class ProbeTable:
             offsets[sha256] = num_columns
             num_columns += len(probe.heads)
         shape = len(table.policies), max(1, *map(len, watched))
-        ints = {
-            name: np.zeros(shape, np.int32)
-            for name in ("column", "kind", "size", "warmup", "stage", "rank")
-        }
-        floats = {
-            name: np.zeros(shape, np.float32)
-            for name in ("weight", "drift", "threshold", "hysteresis")
-        }
         rule, stop = np.full(shape, -1, np.int32), np.zeros(shape, bool)
-        ints["size"][:] = ints["warmup"][:] = 1
+        column, kind, stage, rank = (np.zeros(shape, np.int32) for _ in range(4))
+        size, warmup = np.ones(shape, np.int32), np.ones(shape, np.int32)
+        weight, drift, threshold, hysteresis = (np.zeros(shape, np.float32) for _ in range(4))
         for policy, mine in enumerate(watched):
             for k, (index, compiled) in enumerate(sorted(mine, key=lambda entry: entry[1].rank)):
                 found = compiled.rule.probe
                 assert found is not None
                 how = found.aggregation
                 at = policy, k
-                rule[at], stop[at] = index, compiled.group != OBSERVE
-                ints["rank"][at] = compiled.rank
-                ints["column"][at] = offsets[found.sha256] + found.column
-                ints["kind"][at], ints["size"][at] = how.code, how.size
-                ints["warmup"][at] = how.warmup
-                ints["stage"][at] = found.stage == "prompt"
-                floats["weight"][at], floats["drift"][at] = how.weight, how.drift
-                floats["threshold"][at] = found.threshold
-                floats["hysteresis"][at] = found.hysteresis
+                rule[at], rank[at], stop[at] = index, compiled.rank, compiled.group != OBSERVE
+                column[at] = offsets[found.sha256] + found.column
+                kind[at], size[at], warmup[at] = how.code, how.size, how.warmup
+                weight[at], drift[at] = how.weight, how.drift
+                threshold[at], hysteresis[at] = found.threshold, found.hysteresis
+                stage[at] = found.stage == "prompt"
         return cls(
-            tuple(probes.values()), offsets, num_columns, rule, stop=stop, **ints, **floats
+            tuple(probes.values()), offsets, num_columns, rule, column, kind, size, weight, drift,
+            warmup, threshold, hysteresis, stage, stop, rank,
         )  # fmt: skip
 
     def uses(self, policy: int) -> bool:

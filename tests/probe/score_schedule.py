@@ -163,8 +163,8 @@ class Schedule:
             np.float32,
         )
         if rng.random() < 5 * self.faults:
-            at = rng.randrange(LIMIT), rng.randrange(self.table.num_columns)
-            scores[at] = rng.choice([np.nan, np.inf, -np.inf])
+            columns = rng.sample(range(self.table.num_columns), rng.randrange(1, 6))
+            scores[rng.randrange(LIMIT), columns] = rng.choice([np.nan, np.inf, -np.inf])
         begin = self._begin(policy, prompt_len)
         return Request(policy, prompt_len, scores, begin, prompt_len)
 
