@@ -23,7 +23,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 _FOLDER = "STREAMGUARD_METRICS_DIR"
 _SHARED = "PROMETHEUS_MULTIPROC_DIR"
 _PREFIX = "streamguard-metrics-"
-PHASES = ("commit", "mask", "decide")
+PHASES = ("commit", "mask", "probe", "decide")
 #: 1 µs to 100 ms: a healthy step is a few µs a row.
 _BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 

@@ -122,6 +122,11 @@ class RowGuard:
         if self.probe is not None:
             self.probe.release(slot)
 
+    def let_probes_pass(self, slot: int) -> None:
+        """Stop reading scores in a slot; its patterns go on."""
+        if self.probe is not None:
+            self.probe.release(slot)
+
     def resume_verdict(self, slot: int, rule: int, step: int) -> None:
         """Put a script in place that the committed tokens do not show (verdicts kept beside)."""
         self._progress[slot].rule, self._progress[slot].step = rule, step
@@ -154,6 +159,11 @@ class RowGuard:
         if self.probe is None:
             return np.zeros(np.shape(slots), bool)
         return self.probe.feed(slots, starts, row_offsets, scores)
+
+    def watches(self, slots: ArrayLike) -> NDArray[np.bool_]:
+        """Whether a slot's policy has probe rules that are in force: bool[n]."""
+        mine = np.asarray(slots, np.int64)
+        return np.zeros(len(mine), bool) if self.probe is None else self.probe.watches(mine)
 
     def unread(self, slots: ArrayLike) -> NDArray[np.bool_]:
         """Whether scores of committed tokens have not been fed to a slot with probe rules: bool[n].

@@ -58,8 +58,8 @@ class ServedModel:
         )
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model's files: a path, or what the hub's cache has of a name.
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model's files: a path, or what the hub's cache has of a name (and revision).
 
     Downloads what is missing, as vLLM would. Raises ProbeError if neither is found.
     """
@@ -70,7 +70,7 @@ def model_folder(name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ProbeError(
             f"{name}: neither a folder nor a model that can be had ({_first_line(error)}) Give the "
