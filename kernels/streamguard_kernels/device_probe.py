@@ -254,8 +254,10 @@ def _read_kernel(
                 above = tl.where(reached, 1, above)
                 sinks = decides & (stop == 0) & (statistic < lower)
                 above = tl.where(sinks, 0, above)
-                expected = position + 1
+                expected += (failed == 0).to(tl.int32)
 
+    # A prompt that was not read to its end has no first sample to count with.
+    pending = tl.where((stage != 0) & (expected < prompt_len) & (failed != 0), 0, pending)
     tl.store(q.value + at, value, mask=live)
     tl.store(q.above + at, above, mask=live)
     tl.store(q.pending + at, pending, mask=live)

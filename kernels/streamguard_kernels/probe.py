@@ -181,7 +181,14 @@ def read_scores(m, s, slots, starts, row_offsets, scores, failed):
     row_offsets  int64[n + 1]: slot i owns scores[row_offsets[i]:row_offsets[i + 1]].
     scores       float32[num_rows, num_columns].
     failed       bool[n], out: whether the slot has failed, now or before.
+    Returns whether slots and row_offsets are in range; nothing is read if not.
     """
+    wrong = row_offsets[0] < 0 or row_offsets[slots.shape[0]] > scores.shape[0]
+    for i in range(slots.shape[0]):
+        wrong |= slots[i] < 0 or slots[i] >= s.policy.shape[0]
+        wrong |= row_offsets[i] > row_offsets[i + 1]
+    if wrong:
+        return False
     for i in range(slots.shape[0]):
         slot = slots[i]
         policy = s.policy[slot]
@@ -195,5 +202,6 @@ def read_scores(m, s, slots, starts, row_offsets, scores, failed):
             if s.failed[slot]:
                 break
             _read_row(m, s, slot, starts[i] + row - begin, scores, row)
-            s.expected[slot] += 1
+            s.expected[slot] += np.int64(s.failed[slot] == 0)
         failed[i] = s.failed[slot] != 0
+    return True

@@ -339,6 +339,9 @@ def test_prompt_rules_count_with_the_first_sample_and_need_the_whole_prompt(tmp_
     assert decide(guard, 0) == (guard.codes.scripts[1][0], ["see", "stop"])
     guard.admit(0, (X,) * 3, policy="default", max_tokens=9)
     assert feed(guard, 0, 2, 0.0)  # a cached prefix
+    guard.admit(0, (X,) * 3, policy="default", max_tokens=9)
+    assert feed(guard, 0, 0, 0.0, 2.0, float("nan"))
+    assert decide(guard, 0) == (X, [])  # not read to its end
 
 
 def test_policies_without_probes_have_no_monitor(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import numpy as np
 import pytest
 from guard_cases import vocabulary
 from probes import make_probe, save_probe
+from typer.testing import CliRunner, Result
 
+from streamguard.cli import app
 from streamguard.compiler.artifact import Artifact
 from streamguard.compiler.cache import cached_program
 from streamguard.compiler.program import compile_program
@@ -293,3 +297,47 @@ def test_the_compile_cache_keeps_the_probes_of_the_policy(
 
 def test_a_probe_is_equal_by_its_content() -> None:
     assert make_probe(seed=3).sha256 == make_probe(seed=3).sha256 != make_probe(seed=4).sha256
+
+
+def run(*arguments: object, stdin: bytes = b"") -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_check_and_scan_say_which_rules_act_inside_the_engine_only(folder: Path) -> None:
+    path = folder / "policy.yaml"
+    first = "version: 1\nrules:\n  - {id: harm, probe: p.safetensors, threshold: 1, action: halt}\n"
+    path.write_text(first)
+    note = "1 probe rule acts inside the engine only"
+    checked = run("check", path, "--explain").stdout
+    assert "1 policy, 1 rule, 0 patterns" in checked
+    assert note in checked
+    assert "no rule has patterns to explain" in checked
+    assert json.loads(run("check", path, "--json").stdout)["policies"][0]["probe_rules"] == 1
+    scanned = run("scan", path, stdin=b"a bomb")
+    assert scanned.stdout == ""
+    assert scanned.stderr == f"note: {note}; a scan reads text alone\n"
+    path.write_text(
+        first
+        + "  - {id: see, probe: p.safetensors, threshold: 1, action: observe}\n"
+        + "  - {id: bomb, literals: [bomb], action: halt}\n"
+    )
+    scanned = run("scan", path, stdin=b"a bomb")
+    assert json.loads(scanned.stdout)["rule"] == "bomb"
+    assert "2 probe rules act inside" in scanned.stderr
+    explained = json.loads(run("check", path, "--explain", "--json").stdout)["explained"]
+    assert [one["rule"] for one in explained] == ["bomb"]
+
+
+def test_a_policy_of_probe_rules_only_is_compiled_to_a_file(
+    folder: Path, tmp_path: Path, tiny_models: Callable[..., Path]
+) -> None:
+    path, output = tmp_path / "policy.yaml", tmp_path / "policy.sga"
+    save_probe(tmp_path)
+    path.write_text(
+        "version: 1\nrules: [{id: harm, probe: p.safetensors, threshold: 1, action: halt}]\n"
+    )
+    run("compile", path, "--tokenizer", tiny_models(), "-o", output)
+    assert Artifact.load(output).policies.sha256 == PolicySet.load(path).sha256
+    assert "1 states" in run("check", path, "--tokenizer", tiny_models()).stdout
