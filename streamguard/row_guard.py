@@ -108,6 +108,14 @@ class RowGuard:
         """How many tokens of the slot's text were committed so far."""
         return int(self._committed[slot])
 
+    def num_committed(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`committed` of several slots: int64[n]."""
+        return self._committed[slots]
+
+    def policy_numbers(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Index in the rule table of the policy that each slot is under: int64[n]."""
+        return self._policy[slots]
+
     def running_verdict(self, slot: int) -> int | None:
         """Global index of the rule whose script runs in the slot, if any."""
         return self._progress[slot].rule if self._running[slot] else None

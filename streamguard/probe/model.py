@@ -32,7 +32,9 @@ class ServedModel:
         try:
             return AutoConfig.from_pretrained(self.folder).get_text_config()
         except (OSError, ValueError) as error:
-            raise ProbeError(f"{self.name}: {_first_line(error)} Name a model that vLLM serves.") from None
+            raise ProbeError(
+                f"{self.name}: {_first_line(error)} Name a model that vLLM serves."
+            ) from None
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -13,7 +13,7 @@ from streamguard.errors import AttestationError
 from streamguard.row_guard import RowGuard
 from streamguard.verdict import FAILED
 from streamguard.vllm_plugin import beside
-from streamguard.vllm_plugin.probes import Probing
+from streamguard.vllm_plugin.probes import Probing, ScoreCounter
 from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
 
@@ -65,9 +65,7 @@ class Body(Attached):
         self.guard = RowGuard(context.program, context.codes, num_slots)
         self.guard.warm_up()
 
-    def admit(
-        self, slot: int, params: Any, prompt: Sequence[int] | None, num_output: int
-    ) -> None:
+    def admit(self, slot: int, params: Any, prompt: Sequence[int] | None, num_output: int) -> None:
         """Begin a request in a slot; num_output tokens behind its prompt if it resumes."""
         prompt_len = 0 if prompt is None else len(prompt)
         admission = Admission.from_request(self.context, params, prompt, self._max_model_len)
@@ -110,6 +108,10 @@ class Body(Attached):
         index = torch.tensor(rows, device=logits.device)
         logits[index] += torch.from_numpy(scratch).to(logits.device, logits.dtype)
 
+    def watch(self, probing: Probing) -> None:
+        super().watch(probing)
+        self.scores = ScoreCounter(probing, self.metrics)
+
     def read_scores(
         self, slots: list[int], starts: Any, row_offsets: Any, committed: list[bool]
     ) -> None:
@@ -131,12 +133,22 @@ class Body(Attached):
                     failed = self.guard.feed_scores(
                         slots, starts, row_offsets[: len(slots) + 1], scores
                     )
-                    failed |= self.guard.unread(slots) & np.array(committed, bool)
+                    valid = np.array(committed, bool)
+                    failed |= self.guard.unread(slots) & valid
                     why = "scores of a text are missing, NaN or infinite"
+                    counted = np.flatnonzero(self.guard.watches(slots) & valid & ~failed)
+                    self._count_scores(counted, slots, row_offsets, scores)
             if failed.any():
                 self._fail_probes([slots[i] for i in np.flatnonzero(failed)], why)
         except Exception:
             self._fail(slots)
+
+    def _count_scores(self, rows: Any, slots: list[int], row_offsets: Any, scores: Any) -> None:
+        newest = np.asarray(row_offsets)[rows + 1] - 1
+        mine = np.asarray(slots)[rows]
+        # What a prompt's last token says is the newest of a text that has no output yet.
+        in_prompt = self.guard.num_committed(mine) == 0
+        self.scores.add(scores[newest], self.guard.policy_numbers(mine), in_prompt)
 
     def _fail_probes(self, slots: list[int], why: str) -> None:
         """End responses of which nothing is known, or let their patterns go on alone, by policy."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamguard.errors import ConfigurationError
@@ -230,7 +231,19 @@ class Context:
         from streamguard.metrics import WorkerMetrics
 
         # Rules of several policies may share an id and labels; they share a counter then.
-        return WorkerMetrics(dict.fromkeys(map(self.labels, range(len(self.table.rules)))))
+        return WorkerMetrics(
+            dict.fromkeys(map(self.labels, range(len(self.table.rules)))), self.score_names
+        )
+
+    @cached_property
+    def score_names(self) -> list[str]:
+        """By column of the scores (as `ProbeTable` has them): the probe's file and head."""
+        probes = {r.rule.probe.sha256: r.rule.probe for r in self.table.rules if r.rule.probe}
+        return [
+            f"{Path(rule.path).stem}/{head}"
+            for rule in probes.values()
+            for head in (rule.probe.heads if rule.probe is not None else ())
+        ]
 
     def labels(self, rule: int) -> tuple[str, str, str, str]:
         """Metric labels of a rule by global index."""
