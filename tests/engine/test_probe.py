@@ -1,0 +1,317 @@
+"""Probe rules in a running engine: the right scores, decisions before the next token, no silent pass."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import probe_engines
+import pytest
+import torch
+from engines import MRV2, Request, engine, scheduler, stream, token_bytes, tokenizer
+from probe_engines import NEVER, NOISE, Watched, aimed, body, expected_scores, probe_of
+from streamguard_counters import samples, verdict_counts
+from vllm import LLM
+
+from streamguard.errors import AttestationError
+
+pytestmark = pytest.mark.engine
+
+CHUNK = 32
+NUM_TOKENS = 8
+AT = 3
+#: Chunks, a prefix cache, and blocks that a prompt of a test fills.
+OPTIONS = {
+    "enable_chunked_prefill": True,
+    "max_num_batched_tokens": CHUNK,
+    "max_num_seqs": 8,
+    "enable_prefix_caching": True,
+    "max_model_len": 128,
+    "num_gpu_blocks_override": 64,
+}
+LONG = "The quick brown fox jumps over the lazy dog, and the cat sees it. "
+MESSAGE = "Let us talk of boats."
+
+
+@dataclass
+class Case:
+    """An engine with probes at two layers, and what the model says without them."""
+
+    model: Path
+    watched: Watched
+    prompts: list[list[int]]
+    references: list[list[int]]
+    probes: list[Any]
+
+    @property
+    def llm(self) -> LLM:
+        return self.watched.llm
+
+    def request(self, policy: str, prompt: int = 0, **params: Any) -> Request:
+        return Request(self.prompts[prompt], {"max_tokens": NUM_TOKENS, **params}, policy)
+
+    def assert_scores(self, request: str, tokens: list[int], first: int, end: int) -> None:
+        """At every position in between the engine used what Hugging Face says, each time."""
+        expected = expected_scores(self.model, tokens, self.probes)
+        for position in range(first, end):
+            used = self.watched.of(request, position)
+            assert used, (request, position)
+            for scores in used:
+                np.testing.assert_allclose(scores, expected[position], atol=NOISE, rtol=NOISE)
+
+
+def make_case(model: Path, folder: Path) -> Case:
+    ids = tokenizer(model).encode(LONG * 2)
+    # The first takes two chunks; the second and third begin with the same full block.
+    prompts = [ids[:50], ids[3:20], [*ids[:40], *ids[5:11]], ids[7:12]]
+    references = probe_engines.references(model, prompts, NUM_TOKENS, **OPTIONS)
+    text = prompts[0] + references[0]
+    output = range(50, len(text))
+    probes = {
+        "middle": probe_of(model, 0, heads=3, seed=1),
+        "norm": probe_of(model, "norm", seed=2),
+        "aimed": aimed(model, text, 0, output, 50 + AT, seed=3),
+        "prompted": aimed(model, text, 1, range(50), 20, seed=4, stage="prompt"),
+    }
+    watching = [
+        {"id": "watch-middle", "action": "observe", "probe": "middle.safetensors",
+         "head": "head-1", "threshold": NEVER},
+        {"id": "watch-norm", "action": "halt", "probe": "norm.safetensors", "threshold": NEVER},
+    ]  # fmt: skip
+    aim = {"probe": "aimed.safetensors", "threshold": 0}
+    read = {"probe": "prompted.safetensors", "threshold": 0, "stage": "prompt"}
+    piece = token_bytes(model)[references[0][1]].decode(errors="ignore")
+    rules: dict[str, list[dict[str, Any]]] = {
+        "watch": watching,
+        "pass": [*watching, {"id": "piece", "action": "halt", "literals": [piece]}],
+        "halt": [{"id": "aimed-halt", "action": "halt", **aim}],
+        "redirect": [{"id": "aimed-say", "action": "redirect", "message": MESSAGE, **aim}],
+        "observe": [{"id": "aimed-note", "action": "observe", **aim}],
+        "prompt": [{"id": "prompt-halt", "action": "halt", **read}],
+        "prompt-observe": [{"id": "prompt-note", "action": "observe", **read}],
+    }
+    probe_engines.policies(folder, probes, rules, passing=["pass"])
+    llm = engine(model, folder, **OPTIONS)
+    # Columns are in the order of the policies' names (files in a folder are read so).
+    order = [probe for probe in body(llm).probing.table.probes]
+    return Case(model, Watched(llm), prompts, references, order)
+
+
+@pytest.fixture(scope="module", params=["in-stream", "kept-beside"] if MRV2 else ["in-stream"])
+def case(
+    request: pytest.FixtureRequest,
+    tiny_models: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Case:
+    """In Model Runner V2 also with the body on the host, which a vocabulary without spare ids needs."""
+    model = tiny_models() if request.param == "in-stream" else tiny_models(spare_ids=False)
+    return make_case(model, tmp_path_factory.mktemp("probes") / "policies")
+
+
+def test_engine_uses_the_scores_of_hugging_face_in_chunks_and_behind_a_cached_prefix(
+    case: Case,
+) -> None:
+    requests = [case.request("watch", i) for i in range(len(case.prompts))]
+    for again in range(2):
+        for (name, tokens, reply), reference in zip(
+            case.watched.run(requests), case.references, strict=True
+        ):
+            assert reply.tokens == reference
+            length = len(tokens) - len(reply.tokens)
+            case.assert_scores(name, tokens, length, len(tokens) - 1)
+            computed = [p for p in range(length) if case.watched.of(name, p)]
+            case.assert_scores(name, tokens, computed[0], computed[-1] + 1)
+            if length == 50:
+                assert computed[0] == (32 if again else 0), "the prefix was to be cached"
+
+
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_preempted_text_is_read_again_though_its_own_output_is_cached(
+    case: Case, monkeypatch: pytest.MonkeyPatch, prompt: int
+) -> None:
+    planner = scheduler(case.llm)
+    # The blocks of what was computed stay in the cache, as where memory is not that short.
+    monkeypatch.setattr(planner.kv_cache_manager, "reset_prefix_cache", lambda: True)
+    steps = iter(range(1000))
+
+    def preempt() -> None:
+        if next(steps) in (4, 6):
+            planner.reset_prefix_cache(reset_running_requests=True)
+
+    before = verdict_counts()
+    params = {"max_tokens": NUM_TOKENS + 16, "min_tokens": NUM_TOKENS + 16}
+    request = Request(case.prompts[prompt], params, "watch")
+    ((_, tokens, whole),) = case.watched.run([request])
+    case.watched.used.clear()
+    (((reply,)),) = stream(case.llm, [request], preempt)
+    assert reply.tokens == whole.tokens
+    assert reply.finish_reason == whole.finish_reason == "length"
+    length = len(case.prompts[prompt])
+    (name,) = {request for request, _ in case.watched.used}
+    case.assert_scores(name, tokens, length, len(tokens) - 1)
+    assert max(len(case.watched.of(name, p)) for p in range(length, len(tokens))) > 1
+    assert verdict_counts() == before
+
+
+def test_halt_ends_the_text_at_exactly_the_token_behind_the_score(case: Case) -> None:
+    before = verdict_counts()
+    ((name, tokens, reply),) = case.watched.run([case.request("halt")])
+    assert reply.tokens == case.references[0][: AT + 1]
+    assert (reply.finish_reason, reply.stop_reason) == ("content_filter", "streamguard:aimed-halt")
+    assert verdict_counts()["aimed-halt"] - before.get("aimed-halt", 0) == 1
+    column = case.probes.index(next(p for p in case.probes if p.bias[0] == 0 and p.card.layer == 0))
+    offset = sum(len(p.heads) for p in case.probes[:column])
+    scores = [float(case.watched.of(name, 50 + i)[0][offset]) for i in range(AT + 1)]
+    assert [score > 0 for score in scores] == [False] * AT + [True]
+
+
+def test_redirect_says_its_message_from_there_on(case: Case) -> None:
+    ((_, _, reply),) = case.watched.run([case.request("redirect", max_tokens=60)])
+    assert reply.finish_reason == "content_filter"
+    assert reply.stop_reason == "streamguard:aimed-say"
+    assert reply.text.endswith(MESSAGE)
+    assert reply.tokens[: AT + 1] == case.references[0][: AT + 1]
+
+
+def test_observe_counts_a_crossing_once_and_changes_nothing(case: Case) -> None:
+    before = verdict_counts()
+    ((_, _, reply),) = case.watched.run([case.request("observe")])
+    assert reply.tokens == case.references[0]
+    assert verdict_counts()["aimed-note"] - before.get("aimed-note", 0) == 1
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prompt-observe"])
+def test_prompt_is_read_whole_in_chunks_and_though_it_is_cached(case: Case, kind: str) -> None:
+    rule = {"prompt": "prompt-halt", "prompt-observe": "prompt-note"}[kind]
+    case.watched.run([case.request("watch")])  # now it is cached
+    for _ in range(2):
+        before = verdict_counts()
+        ((name, tokens, reply),) = case.watched.run([case.request(kind)])
+        case.assert_scores(name, tokens, 0, 50)
+        assert verdict_counts()[rule] - before.get(rule, 0) == 1
+        if kind == "prompt":
+            assert reply.tokens == []
+            assert reply.stop_reason == "streamguard:prompt-halt"
+        else:
+            assert reply.tokens == case.references[0]
+
+
+def test_scores_are_on_the_metrics_page(case: Case) -> None:
+    before = samples("streamguard_probe_score_count", "probe")
+    case.watched.run([case.request("watch")])
+    publish(case.llm)
+    after = samples("streamguard_probe_score_count", "probe")
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    # One score for each token that a sample was taken behind: the prompt's is no output.
+    assert grown["middle/head-1"] == grown["norm/head-0"] == NUM_TOKENS - 1
+    assert grown["middle/head-0"] == grown["aimed/head-0"] == 0
+    assert samples("streamguard_step_seconds_count", "phase")["probe"] > 0
+
+
+def publish(llm: LLM) -> None:
+    counter = getattr(body(llm), "scores", None)
+    if counter is not None:
+        counter.publish()
+
+
+def tapped(case: Case) -> list[tuple[Any, type, list[str]]]:
+    return body(case.llm).probing.tap._tapped
+
+
+@pytest.fixture
+def no_op(case: Case) -> Iterator[None]:
+    """One of the tapped modules has its own forward pass back: the op is gone from the graph."""
+    module, original, _ = tapped(case)[0]
+    mine = type(module)
+    module.__class__ = original
+    yield
+    module.__class__ = mine
+
+
+@pytest.fixture
+def frozen_counter(case: Case) -> Iterator[None]:
+    module, _, names = tapped(case)[-1]
+    name = next(name for name in names if name.endswith("steps"))
+    mine = getattr(module, name)
+    setattr(module, name, mine.clone())
+    yield
+    setattr(module, name, mine)
+
+
+@pytest.fixture
+def no_number(case: Case) -> Iterator[None]:
+    kept = [(m, name) for m, _, names in tapped(case) for name in names if name.endswith("weight")]
+    values = [getattr(module, name)[0].clone() for module, name in kept]
+    for module, name in kept:
+        getattr(module, name)[0] = torch.nan
+    yield
+    for (module, name), value in zip(kept, values, strict=True):
+        getattr(module, name)[0] = value
+
+
+@pytest.fixture
+def activations(case: Case) -> Iterator[None]:
+    """An activation of the model itself is no number from the second token on: its embedding."""
+    weight = body(case.llm).runner.get_model().model.embed_tokens.weight
+    token = case.references[0][1]
+    kept = weight[token].clone()
+    with torch.inference_mode():
+        weight.data[token] = torch.inf
+    yield
+    with torch.inference_mode():
+        weight.data[token] = kept
+    case.llm.reset_prefix_cache()  # what was computed meanwhile is no number either
+
+
+@pytest.mark.parametrize("fault", ["no_op", "frozen_counter", "no_number"])
+def test_broken_tap_never_ends_in_silent_pass(
+    case: Case, request: pytest.FixtureRequest, fault: str
+) -> None:
+    request.getfixturevalue(fault)
+    before = samples("streamguard_errors_total", "kind").get("step", 0)
+    runs = case.watched.run([case.request("watch"), case.request("pass"), case.request("default")])
+    blocked, passed, other = (reply for _, _, reply in runs)
+    assert blocked.finish_reason == "content_filter"
+    assert blocked.stop_reason == "streamguard:error"
+    # The prompt's last token has no score that an output rule reads, but the op has to have run.
+    assert blocked.tokens == case.references[0][: 1 if fault == "no_number" else 0]
+    # Its patterns go on.
+    assert passed.stop_reason == "streamguard:piece"
+    assert other.tokens == case.references[0]
+    publish(case.llm)
+    assert samples("streamguard_errors_total", "kind")["step"] > before
+
+
+def test_engine_is_well_after_a_fault(case: Case) -> None:
+    ((_, _, reply),) = case.watched.run([case.request("watch")])
+    assert reply.tokens == case.references[0]
+
+
+def test_activation_that_is_no_number_ends_the_text(
+    case: Case, activations: None
+) -> None:
+    ((_, _, reply),) = case.watched.run([case.request("watch", max_tokens=40)])
+    assert (reply.finish_reason, reply.stop_reason) == ("content_filter", "streamguard:error")
+
+
+@pytest.mark.parametrize(
+    "method", ["reload_weights", "update_weights", "start_weight_update", "add_lora"]
+)
+def test_weights_cannot_change_under_a_probe(case: Case, method: str) -> None:
+    with pytest.raises(AttestationError, match=f"{method}: the policy has probe rules"):
+        case.llm.collective_rpc(method, args=(None,))
+
+
+def test_a_mixed_batch_has_each_decision_in_its_own_row(case: Case) -> None:
+    names = ["halt", "watch", "observe", "prompt", "default", "redirect"]
+    runs = case.watched.run([case.request(name, max_tokens=40) for name in names])
+    ends = collections.Counter(str(reply.stop_reason) for _, _, reply in runs)
+    assert ends["streamguard:aimed-halt"] == ends["streamguard:prompt-halt"] == 1
+    assert ends["streamguard:aimed-say"] == 1
+    for (_, _, reply), name in zip(runs, names, strict=True):
+        if name in ("watch", "observe", "default"):
+            assert reply.tokens[:NUM_TOKENS] == case.references[0]
