@@ -79,9 +79,12 @@ def attestation(worker: Any) -> str:
 def initialize_kv_caches(original: Callable[..., Any], self: Any, config: Any) -> Any:
     """Around EngineCore._initialize_kv_caches: all workers must have attested by now.
 
+    Behind it everything is compiled and captured: the probes' ops have to run in that.
+
     Covers worker classes that do not inherit load_model, and executors on other machines.
     """
-    if Context.from_config(config) is not None:
+    context = Context.from_config(config)
+    if context is not None:
         said = self.model_executor.collective_rpc(attestation)
         if PROVEN not in said or not set(said) <= {PROVEN, NO_SAMPLER}:
             raise AttestationError(
@@ -89,4 +92,9 @@ def initialize_kv_caches(original: Callable[..., Any], self: Any, config: Any) -
                 f"place. Install vllm-streamguard on every machine and use a vLLM worker class that "
                 f"inherits load_model."
             )
-    return original(self, config)
+    result = original(self, config)
+    if context is not None and context.uses_probes:
+        from streamguard.vllm_plugin import probes
+
+        self.model_executor.collective_rpc(probes.prove)
+    return result

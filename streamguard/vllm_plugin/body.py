@@ -113,12 +113,18 @@ class Body(Attached):
         self.scores = ScoreCounter(probing, self.metrics)
 
     def read_scores(
-        self, slots: list[int], starts: Any, row_offsets: Any, committed: list[bool]
+        self,
+        slots: list[int],
+        starts: Any,
+        row_offsets: Any,
+        committed: list[bool],
+        request_id: dict[int, str],
     ) -> None:
         """Take in what the tap wrote in this step's forward pass, of all of its rows.
 
         slots        per request of the batch; committed: whether the engine will commit its sample.
         starts       int[n]: place in the text of each one's first row; row_offsets int[n + 1].
+        request_id   by slot, where verdicts are kept beside.
         """
         probing = self.probing
         if probing is None or not self.guard.watches(slots).any():
@@ -139,7 +145,7 @@ class Body(Attached):
                     counted = np.flatnonzero(self.guard.watches(slots) & valid & ~failed)
                     self._count_scores(counted, slots, row_offsets, scores)
             if failed.any():
-                self._fail_probes([slots[i] for i in np.flatnonzero(failed)], why)
+                self._fail_probes([slots[i] for i in np.flatnonzero(failed)], why, request_id)
         except Exception:
             self._fail(slots)
 
@@ -150,7 +156,7 @@ class Body(Attached):
         in_prompt = self.guard.num_committed(mine) == 0
         self.scores.add(scores[newest], self.guard.policy_numbers(mine), in_prompt)
 
-    def _fail_probes(self, slots: list[int], why: str) -> None:
+    def _fail_probes(self, slots: list[int], why: str, request_id: dict[int, str]) -> None:
         """End responses of which nothing is known, or let their patterns go on alone, by policy."""
         slots = [slot for slot in slots if self.guard.running_verdict(slot) is None]
         if not slots:
@@ -160,6 +166,8 @@ class Body(Attached):
         for slot in slots:
             if self._blocks(slot):
                 self.guard.resume_verdict(slot, FAILED, 0)
+                if slot in request_id:
+                    beside.write(request_id[slot], FAILED, self.guard.committed(slot))
             else:
                 self.guard.let_probes_pass(slot)
 

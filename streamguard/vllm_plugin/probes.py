@@ -148,7 +148,7 @@ def install(worker: Any, context: Context) -> Probing | None:
             "the engine's configuration did not pass through streamguard, so nobody checked that the "
             "probes fit the served model. Configure the engine with vLLM's EngineArgs."
         )
-    probing = Probing(worker, context)
+    probing = worker.streamguard_probing = Probing(worker, context)
     runner = worker.model_runner
     execute: Callable[..., Any] = runner.execute_model
 
@@ -162,6 +162,26 @@ def install(worker: Any, context: Context) -> Probing | None:
             if hasattr(owner, name):
                 setattr(owner, name, _refusal(name))
     return probing
+
+
+def prove(worker: Any) -> None:
+    """Run two tokens through the engine's own graph: every op has to run exactly once; in the worker.
+
+    After compilation and capture, so that a graph without the op (one from another cache, say) is
+    found before a request is taken, and so is a layer with an output that is not understood.
+    """
+    worker = getattr(worker, "worker", worker)
+    probing: Probing | None = getattr(worker, "streamguard_probing", None)
+    if probing is None:
+        return
+    probing.begin()
+    worker.model_runner._dummy_run(2)  # two, to tell tokens from several streams of one
+    if not probing.ran():
+        raise AttestationError(
+            f"the ops that read hidden states for the probes ran {probing.tap.steps.tolist()} times in "
+            f"one forward pass, instead of once each: the model that runs is not the one that was "
+            f"loaded. Delete vLLM's compile cache; if that does not help, remove the probe rules."
+        )
 
 
 def _refusal(name: str) -> Callable[..., NoReturn]:

@@ -111,13 +111,15 @@ class V1Body(Body):
         """Rows of chunks whose sample is thrown away were computed, too, and never will be again."""
         rows = sorted(slot_of_row)
         if rows != list(range(len(rows))):
-            self._fail_probes([slot_of_row[row] for row in rows], "rows of the batch are unknown")
+            slots = [slot_of_row[row] for row in rows]
+            self._fail_probes(slots, "rows of the batch are unknown", self._request_ids())
             return
         self.read_scores(
             [slot_of_row[row] for row in rows],
             self.runner.input_batch.num_computed_tokens_cpu[: len(rows)],
             self.runner.query_start_loc.np[: len(rows) + 1],
             [valid[row] for row in rows],
+            self._request_ids(),
         )
 
     def scrub_alternatives(self, tensors: Any) -> None:

@@ -87,7 +87,7 @@ class V2HostBody(Body):
                 self.read_scores(
                     slots, batch.num_computed_tokens_np[: len(slots)],
                     batch.query_start_loc_np[: len(slots) + 1],
-                    [valid.get(row, False) for row in range(len(slots))],
+                    [valid.get(row, False) for row in range(len(slots))], self._request_ids(slots),
                 )  # fmt: skip
             with self.metrics.timed("decide"):
                 self.decide(sampled, logits, slot_of_row, valid, self._request_ids(slots))

@@ -38,11 +38,13 @@ def card(model: Path) -> dict[str, Any]:
     return ServedModel(str(model)).card.model_dump()
 
 
-def probe_of(model: Path, layer: int | str, heads: int = 1, seed: int = 0, **more: Any) -> Probe:
-    """A probe of random weights for a model."""
+def probe_of(
+    model: Path, layer: int | str, heads: int = 1, seed: int = 0, stage: str = "output", **said: Any
+) -> Probe:
+    """A probe of random weights for a model. said: what its card has wrong of that."""
     names = {f"head-{i}": Aggregation() for i in range(heads)}
-    mine = {"model": card(model), "hidden_size": card(model)["hidden_size"], **more}
-    return make_probe(heads=names, layer=layer, seed=seed, **mine)
+    mine = {**card(model), **said}
+    return make_probe(mine["hidden_size"], names, layer=layer, seed=seed, stage=stage, model=mine)
 
 
 @cache

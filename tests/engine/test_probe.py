@@ -291,9 +291,7 @@ def test_engine_is_well_after_a_fault(case: Case) -> None:
     assert reply.tokens == case.references[0]
 
 
-def test_activation_that_is_no_number_ends_the_text(
-    case: Case, activations: None
-) -> None:
+def test_activation_that_is_no_number_ends_the_text(case: Case, activations: None) -> None:
     ((_, _, reply),) = case.watched.run([case.request("watch", max_tokens=40)])
     assert (reply.finish_reason, reply.stop_reason) == ("content_filter", "streamguard:error")
 
