@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from streamguard.errors import ConfigurationError, ProbeError
+from streamguard.errors import ConfigurationError
 from streamguard.vllm_plugin.settings import ALLOW_STALE_VARIABLE, allow_stale
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ class _Served:
         self._load_format = str(getattr(config.load_config, "load_format", "auto"))
         self._fingerprint: str | None = None
 
-    @property
     def fingerprint(self) -> str:
         if self._fingerprint is None:
             from streamguard.probe.fingerprint import model_fingerprint
@@ -91,27 +90,13 @@ class _Served:
 
     def misfit(self, probe: Probe) -> str | None:
         """What is wrong with a probe for this model, None if it was fitted on this one."""
-        card = probe.card.model
-        if card.adapter is not None:
-            return f"it was fitted with the adapter {card.adapter[:12]}…, and none is served"
-        if (card.num_layers, card.hidden_size) != (self.num_layers, self.hidden_size):
-            return (
-                f"it was fitted on {card.name} ({card.num_layers} layers of {card.hidden_size}), the "
-                f"served model {self.name} has {self.num_layers} layers of {self.hidden_size}"
-            )
+        from streamguard.probe.model import misfit
+
         if self._load_format == "dummy":
             return "--load-format dummy serves random weights"
-        try:
-            found = self.fingerprint
-        except ProbeError as error:
-            return f"which weights are served cannot be told ({error})"
-        if found != card.fingerprint:
-            return (
-                f"it was fitted on {card.name} (fingerprint {card.fingerprint[:12]}…), the served "
-                f"model {self.name} has other weights or another configuration (fingerprint "
-                f"{found[:12]}…)"
-            )
-        return None
+        return misfit(
+            probe.card.model, self.name, self.num_layers, self.hidden_size, self.fingerprint
+        )
 
     def check_shape(self, card: ModelCard, what: str, again: str) -> None:
         """Even to observe, a probe needs hidden states of its own width. Raises ConfigurationError."""

@@ -6,6 +6,7 @@ import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 import torch
 from engines import MRV2, Request, engine, scheduler, stream, token_bytes, tokenizer
 from probe_engines import NEVER, NOISE, Watched, aimed, body, expected_scores, probe_of
+from prometheus_client import REGISTRY
 from streamguard_counters import samples, verdict_counts
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import LLM
 
 from streamguard.errors import AttestationError
@@ -97,7 +100,7 @@ def make_case(model: Path, folder: Path) -> Case:
     probe_engines.policies(folder, probes, rules, passing=["pass"])
     llm = engine(model, folder, **OPTIONS)
     # Columns are in the order of the policies' names (files in a folder are read so).
-    order = [probe for probe in body(llm).probing.table.probes]
+    order = list(body(llm).probing.table.probes)
     return Case(model, Watched(llm), prompts, references, order)
 
 
@@ -159,7 +162,7 @@ def test_preempted_text_is_read_again_though_its_own_output_is_cached(
 
 def test_halt_ends_the_text_at_exactly_the_token_behind_the_score(case: Case) -> None:
     before = verdict_counts()
-    ((name, tokens, reply),) = case.watched.run([case.request("halt")])
+    ((name, _, reply),) = case.watched.run([case.request("halt")])
     assert reply.tokens == case.references[0][: AT + 1]
     assert (reply.finish_reason, reply.stop_reason) == ("content_filter", "streamguard:aimed-halt")
     assert verdict_counts()["aimed-halt"] - before.get("aimed-halt", 0) == 1
@@ -200,16 +203,110 @@ def test_prompt_is_read_whole_in_chunks_and_though_it_is_cached(case: Case, kind
             assert reply.tokens == case.references[0]
 
 
+def score_buckets(name: str) -> dict[float, float]:
+    """Upper bound -> scores counted up to it."""
+    found = {}
+    for family in REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name == "streamguard_probe_score_bucket" and sample.labels["probe"] == name:
+                found[float(sample.labels["le"])] = sample.value
+    return found
+
+
 def test_scores_are_on_the_metrics_page(case: Case) -> None:
+    publish(case.llm)
     before = samples("streamguard_probe_score_count", "probe")
-    case.watched.run([case.request("watch")])
+    bucket_before = score_buckets("middle/head-1")
+    sum_before = samples("streamguard_probe_score_sum", "probe").get("middle/head-1", 0)
+    ((name, _, _),) = case.watched.run([case.request("watch")])
     publish(case.llm)
     after = samples("streamguard_probe_score_count", "probe")
     grown = {name: after[name] - before.get(name, 0) for name in after}
     # One score for each token that a sample was taken behind: the prompt's is no output.
     assert grown["middle/head-1"] == grown["norm/head-0"] == NUM_TOKENS - 1
     assert grown["middle/head-0"] == grown["aimed/head-0"] == 0
+    column = body(case.llm).context.score_names.index("middle/head-1")
+    used = [case.watched.of(name, 50 + i)[0][column] for i in range(NUM_TOKENS - 1)]
+    for bound, count in score_buckets("middle/head-1").items():
+        expected = sum(score <= bound for score in used)
+        assert count - bucket_before.get(bound, 0) == expected, bound
+    total = samples("streamguard_probe_score_sum", "probe")["middle/head-1"] - sum_before
+    assert total == pytest.approx(sum(map(float, used)), abs=1e-3)
     assert samples("streamguard_step_seconds_count", "phase")["probe"] > 0
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operation that torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def waiting(seen: list[str]) -> list[str]:
+    """Those operations of a recording that would wait for a device."""
+    words = ("_local_scalar_dense", "nonzero", "item", "_to_copy", "unique", "masked_select")
+    return [name for name in seen if any(word in name for word in words)]
+
+
+def test_op_in_the_forward_pass_waits_for_nothing(case: Case) -> None:
+    module, _, _ = tapped(case)[0]
+    states = torch.ones((3, 64))
+    ops = torch.ops.streamguard.score
+    buffers = [getattr(module, f"_streamguard_0_{name}") for name in ("weight", "bias")]
+    into = torch.zeros((4, 3)), torch.zeros(1, dtype=torch.int64)
+    width = buffers[0].shape[1]
+    with Recorder() as ran:
+        ops(states, states, *buffers, into[0][:, :width], into[1], 0, 0)
+    assert ran.seen
+    assert waiting(ran.seen) == []
+    with Recorder() as waits:
+        into[1].item()
+    assert waiting(waits.seen)
+
+
+if MRV2:
+
+    def test_step_on_the_device_waits_for_nothing(
+        case: Case, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        mine = body(case.llm)
+        probes = getattr(mine, "_device_probes", None)
+        if probes is None:  # the body on the host waits once a step
+            assert type(mine).__name__ == "V2HostBody"
+            return
+        grids: list[tuple[int, ...]] = []
+
+        class Launches:
+            """What is left of a launch is what the launching code does itself."""
+
+            def __getitem__(self, grid: tuple[int, ...]) -> Any:
+                grids.append(grid)
+                return lambda *_, **__: None
+
+        from streamguard_kernels import device, device_probe, device_scores
+
+        monkeypatch.setattr(device_probe, "_read_kernel", Launches())
+        monkeypatch.setattr(device_scores, "_count_kernel", Launches())
+        monkeypatch.setattr(device, "_decide_kernel", Launches())
+        monkeypatch.setattr(device, "_advance_kernel", Launches())
+        row = torch.arange(4)
+        batch = SimpleNamespace(query_start_loc=row, positions=row, idx_mapping=row[:3])
+        total = torch.zeros(8, dtype=torch.int32)
+        monkeypatch.setattr(mine, "input_batch", batch)
+        monkeypatch.setattr(mine, "_publish", lambda _counted: None)  # of its own thread on a device
+        monkeypatch.setattr(mine, "_counted", lambda: [])
+        monkeypatch.setattr(mine, "_policy", np.zeros(8, np.int64))
+        with Recorder() as ran:
+            mine.probing.begin()
+            type(probes).read(probes, mine._slots, batch, total)
+            mine.after_sample(row[:3], None, row[:3], np.arange(3), row[:3], np.zeros(3))
+        assert len(grids) == 6  # the two of `read` twice, advance and decide
+        assert waiting(ran.seen) == []
 
 
 def publish(llm: LLM) -> None:

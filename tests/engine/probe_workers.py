@@ -1,6 +1,7 @@
-"""Two tensor-parallel workers with probes: print what each of them scored, as JSON.
+"""An engine in a process of its own, with probes: print what each of its workers scored, as JSON.
 
-Arguments: the model's folder, the policies'. `test_probe_structures` runs this file.
+Arguments: the model's folder, the policies', the number of tensor-parallel workers.
+`test_probe_structures` runs this file.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ class ScoreKeeper:
 def main() -> None:
     from vllm import LLM, SamplingParams
 
-    model, policies = sys.argv[1:]
+    model, policies, workers = sys.argv[1:]
     llm = LLM(
-        model, tensor_parallel_size=2, max_model_len=128, max_num_seqs=4, enforce_eager=True,
+        model, tensor_parallel_size=int(workers), max_model_len=128, max_num_seqs=4, enforce_eager=True,
         num_gpu_blocks_override=32, block_size=32, dtype="float32",
-        worker_extension_cls="probe_tensor_parallel.ScoreKeeper",
+        worker_extension_cls="probe_workers.ScoreKeeper",
         additional_config={"streamguard": {"policy": policies}},
     )  # fmt: skip
     llm.collective_rpc("keep_scores")
