@@ -256,7 +256,10 @@ def _probes(model: str, policies: PolicySet) -> Iterator[Finding]:
             yield Finding(check, WARN, f"{fault}. It would only observe", f"{fit}.")
         else:
             yield Finding(
-                check, FAIL, fault, f"{fit}, or let it only observe: streamguard serve --allow-stale."
+                check,
+                FAIL,
+                fault,
+                f"{fit}, or let it only observe: streamguard serve --allow-stale.",
             )
 
 

@@ -58,9 +58,7 @@ def command(
     environment = {**os.environ, "STREAMGUARD_POLICY": path, "STREAMGUARD_REQUIRED": "1"}
     # The engine's processes must leave out what was left out here, or their hashes differ.
     environment[LENIENT_VARIABLE] = "1" if lenient or lenient_by_environment() else "0"
-    environment[ALLOW_STALE_VARIABLE] = (
-        "1" if allow_stale or allow_stale_by_environment() else "0"
-    )
+    environment[ALLOW_STALE_VARIABLE] = "1" if allow_stale or allow_stale_by_environment() else "0"
     # -P, as the vllm script has it: the working folder must not shadow installed packages.
     arguments = [sys.executable, "-P", "-m", "streamguard.commands.launch", "serve", *ctx.args]
     print(

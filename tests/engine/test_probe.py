@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,7 +147,7 @@ def test_preempted_text_is_read_again_though_its_own_output_is_cached(
             planner.reset_prefix_cache(reset_running_requests=True)
 
     before = verdict_counts()
-    params = {"max_tokens": NUM_TOKENS + 16, "min_tokens": NUM_TOKENS + 16}
+    params = {"max_tokens": NUM_TOKENS + 8, "min_tokens": NUM_TOKENS + 8}
     request = Request(case.prompts[prompt], params, "watch")
     ((_, tokens, whole),) = case.watched.run([request])
     case.watched.used.clear()
@@ -173,7 +174,7 @@ def test_halt_ends_the_text_at_exactly_the_token_behind_the_score(case: Case) ->
 
 
 def test_redirect_says_its_message_from_there_on(case: Case) -> None:
-    ((_, _, reply),) = case.watched.run([case.request("redirect", max_tokens=60)])
+    ((_, _, reply),) = case.watched.run([case.request("redirect", max_tokens=24)])
     assert reply.finish_reason == "content_filter"
     assert reply.stop_reason == "streamguard:aimed-say"
     assert reply.text.endswith(MESSAGE)
@@ -296,16 +297,17 @@ if MRV2:
         monkeypatch.setattr(device, "_advance_kernel", Launches())
         row = torch.arange(4)
         batch = SimpleNamespace(query_start_loc=row, positions=row, idx_mapping=row[:3])
-        total = torch.zeros(8, dtype=torch.int32)
         monkeypatch.setattr(mine, "input_batch", batch)
-        monkeypatch.setattr(mine, "_publish", lambda _counted: None)  # of its own thread on a device
-        monkeypatch.setattr(mine, "_counted", lambda: [])
+        monkeypatch.setattr(probes, "read", partial(type(probes).read, probes))  # nobody watches
+        monkeypatch.setattr(
+            mine, "_publish", lambda _counted: None
+        )  # of its own thread on a device
+        monkeypatch.setattr(mine, "_counted", list)
         monkeypatch.setattr(mine, "_policy", np.zeros(8, np.int64))
         with Recorder() as ran:
             mine.probing.begin()
-            type(probes).read(probes, mine._slots, batch, total)
             mine.after_sample(row[:3], None, row[:3], np.arange(3), row[:3], np.zeros(3))
-        assert len(grids) == 6  # the two of `read` twice, advance and decide
+        assert len(grids) == 4  # commit, read, count, decide
         assert waiting(ran.seen) == []
 
 
@@ -389,7 +391,7 @@ def test_engine_is_well_after_a_fault(case: Case) -> None:
 
 
 def test_activation_that_is_no_number_ends_the_text(case: Case, activations: None) -> None:
-    ((_, _, reply),) = case.watched.run([case.request("watch", max_tokens=40)])
+    ((_, _, reply),) = case.watched.run([case.request("watch", max_tokens=16)])
     assert (reply.finish_reason, reply.stop_reason) == ("content_filter", "streamguard:error")
 
 
@@ -403,7 +405,7 @@ def test_weights_cannot_change_under_a_probe(case: Case, method: str) -> None:
 
 def test_a_mixed_batch_has_each_decision_in_its_own_row(case: Case) -> None:
     names = ["halt", "watch", "observe", "prompt", "default", "redirect"]
-    runs = case.watched.run([case.request(name, max_tokens=40) for name in names])
+    runs = case.watched.run([case.request(name, max_tokens=24) for name in names])
     ends = collections.Counter(str(reply.stop_reason) for _, _, reply in runs)
     assert ends["streamguard:aimed-halt"] == ends["streamguard:prompt-halt"] == 1
     assert ends["streamguard:aimed-say"] == 1

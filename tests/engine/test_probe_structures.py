@@ -40,6 +40,7 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 OTHER: dict[str, dict[str, Any]] = {
+    "Qwen2Config": {"num_attention_heads": 2, "num_key_value_heads": 2},
     "GemmaConfig": {"tie_word_embeddings": True},
     "Gemma2Config": {
         "tie_word_embeddings": True,
@@ -105,7 +106,9 @@ def hidden_states_of_all(model: Path, tokens: list[int]) -> Any:
     return np.stack([probe_engines.hidden_states(model, tokens, i) for i in range(count)])
 
 
-def assert_agrees(model: Path, llm: LLM) -> None:
+def assert_agrees(
+    model: Path, llm: LLM, dtype: torch.dtype = torch.float32, noise: float = NOISE
+) -> None:
     """The engine used Hugging Face's scores for all tokens of two texts in one batch."""
     ids = tokenizer(model).encode(PROMPT)
     watched = Watched(llm)
@@ -113,13 +116,13 @@ def assert_agrees(model: Path, llm: LLM) -> None:
     requests = [Request(ids[i:], {"max_tokens": 6, "ignore_eos": True}, "watch") for i in (0, 5)]
     for name, tokens, reply in watched.run(requests):
         assert len(reply.tokens) == 6
-        expected = expected_scores(model, tokens, probes)
+        expected = expected_scores(model, tokens, probes, dtype)
         spread = np.abs(expected).max()
         apart = np.diff(hidden_states_of_all(model, tokens), axis=0)
         assert np.abs(apart).max(axis=(1, 2)).min() > 0.1, "another layer's would be as good"
         for position in range(len(tokens) - 1):
             (used,) = watched.of(name, position)
-            np.testing.assert_allclose(used, expected[position], atol=NOISE * spread)
+            np.testing.assert_allclose(used, expected[position], atol=noise * spread)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,6 +156,12 @@ def in_a_process(model: Path, folder: Path, workers: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(lines[0])
     assert found["finish_reason"] == "length"
     return found
+
+
+def test_scores_in_bfloat16_agree_within_its_noise(model: Path, tmp_path: Path) -> None:
+    folder = watching(model, tmp_path / "policies", [0, 1, "norm"])
+    llm = engine(model, folder, dtype="bfloat16")
+    assert_agrees(model, llm, torch.bfloat16, noise=0.02)
 
 
 @pytest.mark.slow
