@@ -108,6 +108,14 @@ class RowGuard:
         """How many tokens of the slot's text were committed so far."""
         return int(self._committed[slot])
 
+    def num_committed(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`committed` of several slots: int64[n]."""
+        return self._committed[slots]
+
+    def policy_numbers(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Index in the rule table of the policy that each slot is under: int64[n]."""
+        return self._policy[slots]
+
     def running_verdict(self, slot: int) -> int | None:
         """Global index of the rule whose script runs in the slot, if any."""
         return self._progress[slot].rule if self._running[slot] else None
@@ -119,6 +127,11 @@ class RowGuard:
     def let_pass(self, slot: int) -> None:
         """Stop matching in a slot: its rows never hit again."""
         self.session.release(slot)
+        if self.probe is not None:
+            self.probe.release(slot)
+
+    def let_probes_pass(self, slot: int) -> None:
+        """Stop reading scores in a slot; its patterns go on."""
         if self.probe is not None:
             self.probe.release(slot)
 
@@ -154,6 +167,11 @@ class RowGuard:
         if self.probe is None:
             return np.zeros(np.shape(slots), bool)
         return self.probe.feed(slots, starts, row_offsets, scores)
+
+    def watches(self, slots: ArrayLike) -> NDArray[np.bool_]:
+        """Whether a slot's policy has probe rules that are in force: bool[n]."""
+        mine = np.asarray(slots, np.int64)
+        return np.zeros(len(mine), bool) if self.probe is None else self.probe.watches(mine)
 
     def unread(self, slots: ArrayLike) -> NDArray[np.bool_]:
         """Whether scores of committed tokens have not been fed to a slot with probe rules: bool[n].

@@ -8,7 +8,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from streamguard_kernels import device, device_mask, device_probe, device_tables
+from streamguard_kernels import device, device_mask, device_probe, device_scores, device_tables
 
 ARCH = 90
 #: Types of the tables' arrays; all others are int32.
@@ -41,6 +41,7 @@ def main() -> None:
         "p": tables,  # where no policy has a probe the tables stand in for it
         "q": device_tables.Slots(*(POINTERS[tensor.dtype] for tensor in slots)),
     }
+    counts = device_scores.ScoreCounts("*i32", "*i64", "*fp64", "*i64", "*i32")
     with_probes = {
         "p": probes,
         "q": device_probe.ProbeSlots(*(POINTERS[tensor.dtype] for tensor in scored)),
@@ -65,6 +66,7 @@ def main() -> None:
             {"processed": "*bf16", **with_probes},
         ),
         (device_probe._read_kernel, {"MONITORS": 4}, with_probes),
+        (device_scores._count_kernel, {"COLUMNS": 4}, {**with_probes, "c": counts}),
     ]
     for kernel, constants, more in cases:
         types = {**common, **more, **dict.fromkeys(constants, "constexpr")}

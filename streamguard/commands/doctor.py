@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -205,6 +206,7 @@ def _model(model: str, policies: PolicySet | None) -> Iterator[Finding]:
         )
     if policies is None:
         return
+    yield from _probes(model, policies)
     from streamguard.compiler.program import compile_program
 
     try:
@@ -217,6 +219,48 @@ def _model(model: str, policies: PolicySet | None) -> Iterator[Finding]:
         OK,
         f"{program.num_states:,} states, {size(program.size_bytes)}",
     )
+
+
+def _probes(model: str, policies: PolicySet) -> Iterator[Finding]:
+    """Whether the probes of the policies were fitted on this model, one line each."""
+    rules = [rule.probe for policy in policies.policies.values() for rule in policy.rules]
+    probes = {rule.path: rule.probe for rule in rules if rule is not None}
+    if not probes:
+        return
+    from streamguard.probe.model import ServedModel, misfit
+    from streamguard.vllm_plugin.settings import allow_stale_by_environment
+
+    served = ServedModel(model)
+    for path, probe in probes.items():
+        if probe is None:
+            continue
+        check, card = f"probe {path}", None
+        try:
+            card = served.card
+            found = card.fingerprint
+            fault = misfit(
+                probe.card.model, model, card.num_layers, card.hidden_size, partial(str, found)
+            )
+        except StreamguardError as error:
+            fault = str(error)
+        layer = probe.card.layer
+        where = "the last norm" if layer == "norm" else f"layer {layer}"
+        if fault is None:
+            heads = f"{len(probe.heads)} head{'s' if len(probe.heads) > 1 else ''}"
+            yield Finding(check, OK, f"was fitted on this model: {heads}, {where}")
+            continue
+        fit = f"Fit it for this model: streamguard probe fit --model {model} …"
+        if card is None or card.hidden_size != probe.card.model.hidden_size:
+            yield Finding(check, FAIL, fault, f"{fit}.")
+        elif allow_stale_by_environment():
+            yield Finding(check, WARN, f"{fault}. It would only observe", f"{fit}.")
+        else:
+            yield Finding(
+                check,
+                FAIL,
+                fault,
+                f"{fit}, or let it only observe: streamguard serve --allow-stale.",
+            )
 
 
 def _vocab_size(model: str) -> tuple[int | None, Finding]:

@@ -26,6 +26,14 @@ def command(
         typer.Option(metavar="POLICY", help="A policy file, or a folder of them.", envvar=None),
     ],
     lenient: Lenient = False,
+    allow_stale: Annotated[
+        bool,
+        typer.Option(
+            "--allow-stale",
+            help="Let probes that were fitted on another model observe, instead of refusing to "
+            "start. They decide nothing. STREAMGUARD_ALLOW_STALE=1 does the same.",
+        ),
+    ] = False,
 ) -> None:
     """Serve MODEL with vLLM's OpenAI server, guarded by POLICY.
 
@@ -36,7 +44,12 @@ def command(
     Example:
       streamguard serve models/SmolLM2-135M-Instruct --policy policy.yaml --port 8000
     """
-    from streamguard.vllm_plugin.settings import LENIENT_VARIABLE, lenient_by_environment
+    from streamguard.vllm_plugin.settings import (
+        ALLOW_STALE_VARIABLE,
+        LENIENT_VARIABLE,
+        allow_stale_by_environment,
+        lenient_by_environment,
+    )
 
     policies = load_policies(policy, lenient)
     path = os.path.abspath(policy)
@@ -45,6 +58,7 @@ def command(
     environment = {**os.environ, "STREAMGUARD_POLICY": path, "STREAMGUARD_REQUIRED": "1"}
     # The engine's processes must leave out what was left out here, or their hashes differ.
     environment[LENIENT_VARIABLE] = "1" if lenient or lenient_by_environment() else "0"
+    environment[ALLOW_STALE_VARIABLE] = "1" if allow_stale or allow_stale_by_environment() else "0"
     # -P, as the vllm script has it: the working folder must not shadow installed packages.
     arguments = [sys.executable, "-P", "-m", "streamguard.commands.launch", "serve", *ctx.args]
     print(

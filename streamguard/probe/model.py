@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +61,34 @@ class ServedModel:
         )
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model's files: a path, or what the hub's cache has of a name.
+def misfit(
+    fitted: ModelCard, name: str, num_layers: int, hidden_size: int, fingerprint: Callable[[], str]
+) -> str | None:
+    """Why a probe says nothing of the model `name`; None if it was fitted on it.
+
+    fingerprint  of the model's folder; asked for last, since it reads files.
+    """
+    if fitted.adapter is not None:
+        return f"it was fitted with the adapter {fitted.adapter[:12]}…, and none is served"
+    if (fitted.num_layers, fitted.hidden_size) != (num_layers, hidden_size):
+        return (
+            f"it was fitted on {fitted.name} ({fitted.num_layers} layers of {fitted.hidden_size}), "
+            f"the served model {name} has {num_layers} layers of {hidden_size}"
+        )
+    try:
+        found = fingerprint()
+    except ProbeError as error:
+        return f"which weights are served cannot be told ({error})"
+    if found == fitted.fingerprint:
+        return None
+    return (
+        f"it was fitted on {fitted.name} (fingerprint {fitted.fingerprint[:12]}…), the served model "
+        f"{name} has other weights or another configuration (fingerprint {found[:12]}…)"
+    )
+
+
+def model_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model's files: a path, or what the hub's cache has of a name (and revision).
 
     Downloads what is missing, as vLLM would. Raises ProbeError if neither is found.
     """
@@ -72,7 +99,7 @@ def model_folder(name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ProbeError(
             f"{name}: neither a folder nor a model that can be had ({_first_line(error)}) Give the "

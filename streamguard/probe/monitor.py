@@ -128,9 +128,14 @@ class Monitor:
         num_output  int64[n]: tokens of each text behind its prompt.
         """
         s = self._s
-        watched = (s.policy[slots] >= 0) & (self._m.rule[s.policy[slots], 0] >= 0)
         unread: NDArray[np.bool_] = s.expected[slots] < s.prompt_len[slots] + num_output
-        return watched & unread
+        return self.watches(slots) & unread
+
+    def watches(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether a slot's policy has probe rules: bool[n]."""
+        policy = self._s.policy[slots]
+        found: NDArray[np.bool_] = (policy >= 0) & (self._m.rule[policy, 0] >= 0)
+        return found
 
     def failed(self, slot: int) -> bool:
         """Whether scores of the slot's text were missing, or no numbers."""

@@ -118,14 +118,31 @@ def complete(context: Context, policy: str, params: SamplingParams) -> None:
             "guard": wire.remember(context),
             "ends": end_tokens,
             "marks": sorted(codes.spare) if not codes.kept_beside else [codes.eos_id],
+            "probed": context.reads_hidden_states(policy),
         },
     }
+    if context.reads_hidden_states(policy, "prompt"):
+        # Cached tokens are not computed again, and what is not computed has no hidden states.
+        params.skip_reading_prefix_cache = True
     if codes.kept_beside:
         # EOS has to end the response even where the client asked to ignore it.
         params.ignore_eos = False
     params.stop_token_ids = list(
         dict.fromkeys([*(params.stop_token_ids or []), *codes.stop_token_ids(p)])
     )
+
+
+def preempt_request(
+    original: Callable[..., Any], self: Any, request: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Around Scheduler._preempt_request: a text that resumes is computed anew if probes read it.
+
+    Its own output may stand in the prefix cache by then; what is read from there has no scores.
+    """
+    extra = getattr(request.sampling_params, "extra_args", None) or {}
+    if (extra.get(KEY) or {}).get("probed"):
+        request.skip_reading_prefix_cache = True
+    return original(self, request, *args, **kwargs)
 
 
 def wrap_beam_search(wrap: Callable[[Any, str, Callable[..., Any]], None]) -> None:

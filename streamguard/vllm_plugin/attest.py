@@ -23,6 +23,9 @@ def load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
     context = Context.from_config(self.vllm_config)
     if context is None:
         return result
+    from streamguard.vllm_plugin import probes
+
+    probing = probes.install(self, context)
     runner = self.model_runner
     sampler = getattr(runner, "sampler", None)
     if sampler is None:
@@ -48,6 +51,8 @@ def load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
     body = processor.body
     assert body is not None
     body.attach(runner)
+    if probing is not None:
+        body.watch(probing)
     processor.attested = True
     self.streamguard_attestation = PROVEN
     if getattr(self, "is_driver_worker", True):
@@ -55,8 +60,9 @@ def load_model(original: Callable[..., Any], self: Any, *args: Any, **kwargs: An
         names = {name: policy.sha256 for name, policy in context.policies.policies.items()}
         context.worker_metrics.started(names, program.compile_seconds, program.size_bytes)
         logger.info(
-            "streamguard: in place (%s); %d states, %.1f MB, compiled in %.2f s",
+            "streamguard: in place (%s%s); %d states, %.1f MB, compiled in %.2f s",
             type(body).__name__,
+            "" if probing is None else f", {probing.table.num_columns} scores a token",
             program.num_states,
             program.size_bytes / 1e6,
             program.compile_seconds,
@@ -73,9 +79,12 @@ def attestation(worker: Any) -> str:
 def initialize_kv_caches(original: Callable[..., Any], self: Any, config: Any) -> Any:
     """Around EngineCore._initialize_kv_caches: all workers must have attested by now.
 
+    Behind it everything is compiled and captured: the probes' ops have to run in that.
+
     Covers worker classes that do not inherit load_model, and executors on other machines.
     """
-    if Context.from_config(config) is not None:
+    context = Context.from_config(config)
+    if context is not None:
         said = self.model_executor.collective_rpc(attestation)
         if PROVEN not in said or not set(said) <= {PROVEN, NO_SAMPLER}:
             raise AttestationError(
@@ -83,4 +92,9 @@ def initialize_kv_caches(original: Callable[..., Any], self: Any, config: Any) -
                 f"place. Install vllm-streamguard on every machine and use a vLLM worker class that "
                 f"inherits load_model."
             )
-    return original(self, config)
+    result = original(self, config)
+    if context is not None and context.uses_probes:
+        from streamguard.vllm_plugin import probes
+
+        self.model_executor.collective_rpc(probes.prove)
+    return result

@@ -13,6 +13,7 @@ from streamguard.errors import AttestationError
 from streamguard.row_guard import RowGuard
 from streamguard.verdict import FAILED
 from streamguard.vllm_plugin import beside
+from streamguard.vllm_plugin.probes import Probing, ScoreCounter
 from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
 
@@ -32,6 +33,7 @@ class Attached:
         self.context = context
         self.metrics = context.worker_metrics
         self.runner: Any = None
+        self.probing: Probing | None = None
         self._max_model_len: int = vllm_config.model_config.max_model_len
 
     def attach(self, runner: Any) -> None:
@@ -46,6 +48,10 @@ class Attached:
         runner.sampler.__class__ = self.guarded_sampler
         self.runner = runner
 
+    def watch(self, probing: Probing) -> None:
+        """Read the scores of a tap that is in the model, from the first step on."""
+        self.probing = probing
+
 
 class Body(Attached):
     """A RowGuard, its metrics, and the three phases of a step over a runner's rows.
@@ -59,8 +65,9 @@ class Body(Attached):
         self.guard = RowGuard(context.program, context.codes, num_slots)
         self.guard.warm_up()
 
-    def admit(self, slot: int, params: Any, prompt: Sequence[int] | None) -> None:
-        """Begin a request in a slot."""
+    def admit(self, slot: int, params: Any, prompt: Sequence[int] | None, num_output: int) -> None:
+        """Begin a request in a slot; num_output tokens behind its prompt if it resumes."""
+        prompt_len = 0 if prompt is None else len(prompt)
         admission = Admission.from_request(self.context, params, prompt, self._max_model_len)
         self.guard.admit(
             slot,
@@ -70,6 +77,8 @@ class Body(Attached):
             hide_special_tokens=admission.hide_special_tokens,
             end_token_ids=admission.end_token_ids,
             show_end_token=admission.show_end_token,
+            prompt_len=prompt_len,
+            count_from=prompt_len + num_output - 1,
         )
 
     def commit(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
@@ -98,6 +107,69 @@ class Body(Attached):
         self.guard.mask(scratch, list(range(len(rows))), slots)
         index = torch.tensor(rows, device=logits.device)
         logits[index] += torch.from_numpy(scratch).to(logits.device, logits.dtype)
+
+    def watch(self, probing: Probing) -> None:
+        super().watch(probing)
+        self.scores = ScoreCounter(probing, self.metrics)
+
+    def read_scores(
+        self,
+        slots: list[int],
+        starts: Any,
+        row_offsets: Any,
+        committed: list[bool],
+        request_id: dict[int, str],
+    ) -> None:
+        """Take in what the tap wrote in this step's forward pass, of all of its rows.
+
+        slots        per request of the batch; committed: whether the engine will commit its sample.
+        starts       int[n]: place in the text of each one's first row; row_offsets int[n + 1].
+        request_id   by slot, where verdicts are kept beside.
+        """
+        probing = self.probing
+        if probing is None or not self.guard.watches(slots).any():
+            return
+        try:
+            with self.metrics.timed("probe"):
+                if not probing.ran():
+                    failed = self.guard.watches(slots)
+                    why = "the tap did not run exactly once in this step"
+                else:
+                    scores = probing.tap.scores[: int(row_offsets[len(slots)])].cpu().numpy()
+                    failed = self.guard.feed_scores(
+                        slots, starts, row_offsets[: len(slots) + 1], scores
+                    )
+                    valid = np.array(committed, bool)
+                    failed |= self.guard.unread(slots) & valid
+                    why = "scores of a text are missing, NaN or infinite"
+                    counted = np.flatnonzero(self.guard.watches(slots) & valid & ~failed)
+                    self._count_scores(counted, slots, row_offsets, scores)
+            if failed.any():
+                self._fail_probes([slots[i] for i in np.flatnonzero(failed)], why, request_id)
+        except Exception:
+            self._fail(slots)
+
+    def _count_scores(self, rows: Any, slots: list[int], row_offsets: Any, scores: Any) -> None:
+        newest = np.asarray(row_offsets)[rows + 1] - 1
+        mine = np.asarray(slots)[rows]
+        # What a prompt's last token says is the newest of a text that has no output yet.
+        in_prompt = self.guard.num_committed(mine) == 0
+        self.scores.add(scores[newest], self.guard.policy_numbers(mine), in_prompt)
+
+    def _fail_probes(self, slots: list[int], why: str, request_id: dict[int, str]) -> None:
+        """End responses of which nothing is known, or let their patterns go on alone, by policy."""
+        slots = [slot for slot in slots if self.guard.running_verdict(slot) is None]
+        if not slots:
+            return
+        self.metrics.error()
+        logger.error("streamguard: probes: %s; on_error decides for %d responses", why, len(slots))
+        for slot in slots:
+            if self._blocks(slot):
+                self.guard.resume_verdict(slot, FAILED, 0)
+                if slot in request_id:
+                    beside.write(request_id[slot], FAILED, self.guard.committed(slot))
+            else:
+                self.guard.let_probes_pass(slot)
 
     def decide(
         self,
@@ -139,11 +211,14 @@ class Body(Attached):
         self.metrics.error()
         logger.exception("streamguard: error inside a step; on_error decides for its responses")
         for slot in set(slots):
-            name = self.guard.policy_name(slot)
-            if self.context.policies.policies[name].on_error == "block":
+            if self._blocks(slot):
                 self.guard.resume_verdict(slot, FAILED, 0)
             else:
                 self.guard.let_pass(slot)
+
+    def _blocks(self, slot: int) -> bool:
+        policy = self.context.policies.policies[self.guard.policy_name(slot)]
+        return policy.on_error == "block"
 
     def restore(self, request_id: dict[int, str]) -> None:
         """Scripts of verdicts kept beside do not show in the tokens: put them in place again."""

@@ -29,6 +29,7 @@ def register() -> None:
     _cure_llvmlite()
     _check_version()
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
     from vllm.v1.engine.input_processor import InputProcessor
@@ -45,6 +46,7 @@ def register() -> None:
     _wrap(RequestState, "from_new_request", wire.from_new_request)
     _wrap(RequestState, "_new_completion_output", wire.new_completion_output)
     _wrap(FastIncrementalDetokenizer, "_protected_step", wire.protected_step)
+    _wrap(Scheduler, "_preempt_request", admission.preempt_request)
     _wrap(StructuredOutputManager, "accept_tokens", wire.accept_tokens)
     _wrap(Worker, "load_model", attest.load_model)
     _wrap(EngineCore, "_initialize_kv_caches", attest.initialize_kv_caches)
@@ -126,16 +128,16 @@ def _create_engine_config(
 ) -> Any:
     """Refuse here: main process, final values, no child started; `LLM` and `vllm serve` alike."""
     config = original(self, *args, **kwargs)
-    from streamguard.vllm_plugin import refuse, settings
+    from streamguard.vllm_plugin import refuse, refuse_probes, settings
 
     policies = settings.load_policies(config)
     if policies is None:
         _inert()
         return config
     refuse.check(config)
+    _pin(config, policies.sha256, refuse_probes.check(config, policies))
     context = settings.Context.from_config(config)  # a tokenizer that does not fit is found here
     assert context is not None
-    _pin(config, policies.sha256)
 
     from streamguard import metrics
     from streamguard.vllm_plugin import beside
@@ -144,13 +146,15 @@ def _create_engine_config(
     beside.prepare()
     for line in policies.warnings:
         logger.warning("streamguard: %s", line)
+    probes = {r.rule.probe.sha256 for r in context.table.rules if r.rule.probe is not None}
     total = sum(policy.num_patterns for policy in policies.policies.values())
     logger.info(
-        "streamguard: %d policies (default %s), %d rules, %d patterns, sha256 %s%s",
+        "streamguard: %d policies (default %s), %d rules, %d patterns, %d probes, sha256 %s%s",
         len(policies.policies),
         policies.default,
         len(context.table.rules),
         total,
+        len(probes),
         policies.sha256[:12],
         "; verdicts kept beside: the vocabulary has no spare ids"
         if context.codes.kept_beside
@@ -159,8 +163,11 @@ def _create_engine_config(
     return config
 
 
-def _pin(config: Any, sha256: str) -> None:
-    """Let every process of this engine check that it reads the same policy from the same place."""
+def _pin(config: Any, sha256: str, stale_probes: list[str]) -> None:
+    """Let every process of this engine check that it reads the same policy from the same place.
+
+    The entry is part of vLLM's key of its compile cache: a graph with other taps is another graph.
+    """
     import os
 
     from streamguard.vllm_plugin import settings
@@ -171,6 +178,8 @@ def _pin(config: Any, sha256: str) -> None:
             "policy": os.path.abspath(str(settings.policy_path(config))),
             "sha256": sha256,
             "lenient": settings.lenient(config),
+            "allow_stale": settings.allow_stale(config),
+            "stale_probes": stale_probes,
         }
         config.additional_config = {**additional, settings.KEY: entry}
 

@@ -71,7 +71,7 @@ class V1Body(Body):
             self._release(index)
             slot = self._free.pop()
             self._rows[index] = _Row(slot, output)
-            self.admit(slot, params, prompt)
+            self.admit(slot, params, prompt, len(output))
         for first, second, direction in update.moved:
             a, b = self._rows.pop(first, None), self._rows.pop(second, None)
             if direction.name == "SWAP":
@@ -100,10 +100,27 @@ class V1Body(Body):
         """Turn samples that would complete a match into verdicts, in place."""
         slot_of_row = self._slot_of_row(len(sampled))
         if slot_of_row:
+            discarded = self.runner.discard_request_mask.np
+            valid = {row: not discarded[row] for row in slot_of_row}
+            if self.probing is not None:
+                self._read_scores(slot_of_row, valid)
             with self.metrics.timed("decide"):
-                discarded = self.runner.discard_request_mask.np
-                valid = {row: not discarded[row] for row in slot_of_row}
                 self.decide(sampled, logits, slot_of_row, valid, self._request_ids())
+
+    def _read_scores(self, slot_of_row: dict[int, int], valid: dict[int, bool]) -> None:
+        """Rows of chunks whose sample is thrown away were computed, too, and never will be again."""
+        rows = sorted(slot_of_row)
+        if rows != list(range(len(rows))):
+            slots = [slot_of_row[row] for row in rows]
+            self._fail_probes(slots, "rows of the batch are unknown", self._request_ids())
+            return
+        self.read_scores(
+            [slot_of_row[row] for row in rows],
+            self.runner.input_batch.num_computed_tokens_cpu[: len(rows)],
+            self.runner.query_start_loc.np[: len(rows) + 1],
+            [valid[row] for row in rows],
+            self._request_ids(),
+        )
 
     def scrub_alternatives(self, tensors: Any) -> None:
         """Scrub the logprobs of the rows that were sampled last."""

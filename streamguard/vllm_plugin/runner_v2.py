@@ -1,4 +1,4 @@
-"""The guard inside Model Runner V2, on the device: at most four kernel launches a step, no host sync.
+"""The guard inside Model Runner V2, on the device: a few kernel launches a step, no host sync.
 
 State is rebuilt from `all_token_ids[slot, :total_len]`, which is authoritative: preempted requests,
 async scheduling and prefill chunks come out right without any call being counted.
@@ -20,9 +20,10 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from streamguard.compiler.rules import MASK
 from streamguard.session import Session
 from streamguard.vllm_plugin.body import Attached
+from streamguard.vllm_plugin.probes import Probing
 from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
-from streamguard_kernels import device, device_mask, device_tables
+from streamguard_kernels import device, device_mask, device_probe, device_scores, device_tables
 
 logger = logging.getLogger("vllm.streamguard")
 _PUBLISH_EVERY_S = 0.25
@@ -34,6 +35,7 @@ class GuardedSampler(Sampler):
     streamguard_body: V2Body
 
     def __call__(self, logits: Any, input_batch: Any) -> Any:
+        self.streamguard_body.input_batch = input_batch
         output = super().__call__(logits, input_batch)
         if output.logprobs_tensors is not None:
             self.streamguard_body.scrub(output.logprobs_tensors, input_batch.idx_mapping)
@@ -67,6 +69,40 @@ class _Entering:
     pending: int
     prompt_len: int
     limit: int
+    read_from: int
+
+
+class _DeviceProbes:
+    """Monitors of all slots on the device. Three launches a step at most, nothing is waited for."""
+
+    def __init__(
+        self, probing: Probing, blocks: list[bool], num_slots: int, device: torch.device
+    ) -> None:
+        table = probing.table
+        self._probing = probing
+        self._tables = device_probe.probes_to_device(table, table.rank, blocks, device)
+        self._slots = device_probe.new_probe_slots(
+            num_slots, table.rule.shape[1], int(table.size.max()), device
+        )
+        watched = torch.from_numpy(probing.watched)
+        self.counts = device_scores.new_score_counts(watched, num_slots, device)
+
+    def enter(self, index: torch.Tensor, prompt_len: torch.Tensor, read_from: torch.Tensor) -> None:
+        """Begin texts in slots; see `device_probe.enter_slots`."""
+        device_probe.enter_slots(self._slots, index, prompt_len, read_from)
+        self.counts.reported.index_fill_(0, index, 0)
+
+    def read(self, slots: Any, batch: Any, total_len: torch.Tensor) -> dict[str, Any]:
+        """Take in this step's scores; returns what `decide_rows` needs to know of them."""
+        probing = self._probing
+        rows = (
+            probing.tap.scores, batch.query_start_loc, batch.positions, batch.idx_mapping, total_len,
+        )  # fmt: skip
+        device_probe.read_scores(
+            self._tables, self._slots, slots, *rows, probing.counter(), probing.last
+        )
+        device_scores.count_scores(self.counts, self._slots, slots, *rows)
+        return {"probes": self._tables, "scored": self._slots}
 
 
 class V2Body(Attached):
@@ -98,7 +134,10 @@ class V2Body(Attached):
         self._policy = np.full(num_slots, -1, np.int64)
         self._masks = np.array([table.uses(MASK, p) for p in range(len(table.policies))] + [False])
         self._advanced = False  # by `apply`, in this step
+        self.input_batch: Any = None  # of the step under way
+        self._device_probes: _DeviceProbes | None = None
         self._published = np.zeros(len(table.rules), np.int64)
+        self._published_probes: list[np.ndarray] | None = None
         self._stepped = threading.Event()
         if self._device.type != "cpu":
             threading.Thread(target=self._publish_forever, daemon=True).start()
@@ -117,6 +156,13 @@ class V2Body(Attached):
 
         states.add_request = add_request
 
+    def watch(self, probing: Probing) -> None:
+        super().watch(probing)
+        policies = self.context.policies.policies
+        blocks = [policies[name].on_error == "block" for name in self.context.table.policies]
+        num_slots = self._requests.max_num_reqs
+        self._device_probes = _DeviceProbes(probing, blocks, num_slots, self._device)
+
     def add_request(self, slot: int, params: Any) -> bool:
         """Begin a request; the sampler calls this right after the runner stored its tokens."""
         prompt = self._prompts.pop(slot, [])
@@ -134,8 +180,12 @@ class V2Body(Attached):
             *session.snapshot(0),
             len(prompt),
             len(prompt) + admission.max_tokens,
+            0 if self._reads_prompt(policy) else len(prompt),
         )
         return bool(self._masks[policy])
+
+    def _reads_prompt(self, policy: int) -> bool:
+        return self.probing is not None and self.probing.table.reads_prompt(policy)
 
     def apply_staged_writes(self) -> None:
         """Write what entered since the last step to the device, in one copy per array."""
@@ -167,6 +217,11 @@ class V2Body(Attached):
         for name, column in columns.items():
             target: torch.Tensor = getattr(self._slots, name)
             target[index] = self._put(column).to(target.dtype)
+        if self._device_probes is not None:
+            lengths = [e.prompt_len for e in values]
+            self._device_probes.enter(
+                index, self._put(lengths), self._put([e.read_from for e in values])
+            )
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> None:
         """Commit, then mask."""
@@ -201,11 +256,18 @@ class V2Body(Attached):
             if not self._advanced:
                 self._advance(idx_mapping)
             self._advanced = False
+            tables: dict[str, Any] = {}
+            if self._device_probes is not None:
+                with self.metrics.timed("probe"):
+                    tables = self._device_probes.read(
+                        self._slots, self.input_batch, self._requests.total_len.gpu
+                    )
             with self.metrics.timed("decide"):
                 device.decide_rows(
                     self._tables, self._slots, sampled, idx_mapping, pos,
                     self._requests.total_len.gpu,
                     logits if self._masks[policies].any() else None,
+                    **tables,
                 )  # fmt: skip
         except Exception:
             self._failed("decide")
@@ -213,7 +275,7 @@ class V2Body(Attached):
         complete = seq_lens >= self._requests.prefill_len.np[idx_mapping_np]
         self.metrics.tokens(int((complete & (policies >= 0)).sum()))
         if self._device.type == "cpu":
-            self._publish(self._slots.counts.numpy())
+            self._publish(self._counted())
         self._stepped.set()
         return sampled
 
@@ -262,11 +324,31 @@ class V2Body(Attached):
             return host.to(self._device)
         return host.pin_memory().to(self._device, non_blocking=True)
 
-    def _publish(self, counts: np.ndarray) -> None:
+    def _counted(self) -> list[np.ndarray]:
+        """Copies of all counters of the device; waits for them."""
+        found = [self._slots.counts]
+        if self._device_probes is not None:
+            c = self._device_probes.counts
+            found += [c.buckets, c.sums, c.failures]
+        return [tensor.to("cpu").numpy().copy() for tensor in found]
+
+    def _publish(self, counted: list[np.ndarray]) -> None:
+        counts, *probes = counted
+        if probes:
+            before = self._published_probes or [np.zeros_like(array) for array in probes]
+            buckets, sums, failures = (now - then for now, then in zip(probes, before, strict=True))
+            self._published_probes = probes
+            self.metrics.scores(buckets, sums)
+            if failures[0]:
+                self.metrics.error(int(failures[0]))
+                logger.error(
+                    "streamguard: probes: scores of %d responses are missing, NaN or infinite, or "
+                    "the tap did not run; on_error decided for them", failures[0],
+                )  # fmt: skip
         for rule in np.flatnonzero(counts != self._published):
             grown = int(counts[rule] - self._published[rule])
             self.metrics.verdict(self.context.labels(int(rule)), grown)
-        self._published = counts.copy()
+        self._published = counts
 
     def _publish_forever(self) -> None:
         """Read the counts on a stream of their own, off the critical path."""
@@ -276,5 +358,5 @@ class V2Body(Attached):
             self._stepped.clear()
             time.sleep(_PUBLISH_EVERY_S)
             with torch.cuda.stream(stream):
-                counts = self._slots.counts.to("cpu")
-            self._publish(counts.numpy())
+                counted = self._counted()
+            self._publish(counted)

@@ -22,6 +22,7 @@ class GuardedSampler(Sampler):
     streamguard_body: V2HostBody
 
     def __call__(self, logits: Any, input_batch: Any) -> Any:
+        self.streamguard_body.input_batch = input_batch
         output = super().__call__(logits, input_batch)
         if output.logprobs_tensors is not None:
             slots = input_batch.idx_mapping_np.tolist()
@@ -50,6 +51,7 @@ class V2HostBody(Body):
         self._requests = req_states
         self._params: dict[int, Any] = {}  # of slots whose tokens were not read yet
         self._guarded: set[int] = set()
+        self.input_batch: Any = None  # of the step under way
 
     def add_request(self, slot: int, params: Any) -> bool:
         """Begin a request; its tokens are read with its first step."""
@@ -77,10 +79,17 @@ class V2HostBody(Body):
         self._commit(slots)
         slot_of_row = self._slot_of_row(slots)
         if slot_of_row:
+            total = self._requests.total_len.gpu.cpu().numpy()
+            at = pos.cpu().numpy()
+            valid = {r: bool(at[r] + 1 >= total[slot]) for r, slot in slot_of_row.items()}
+            if self.probing is not None:
+                batch = self.input_batch
+                self.read_scores(
+                    slots, batch.num_computed_tokens_np[: len(slots)],
+                    batch.query_start_loc_np[: len(slots) + 1],
+                    [valid.get(row, False) for row in range(len(slots))], self._request_ids(slots),
+                )  # fmt: skip
             with self.metrics.timed("decide"):
-                total = self._requests.total_len.gpu.cpu().numpy()
-                at = pos.cpu().numpy()
-                valid = {r: bool(at[r] + 1 >= total[slot]) for r, slot in slot_of_row.items()}
                 self.decide(sampled, logits, slot_of_row, valid, self._request_ids(slots))
 
     def scrub_alternatives(self, tensors: Any, slots: list[int]) -> None:
@@ -105,7 +114,8 @@ class V2HostBody(Body):
                 params = self._params.pop(slot, None)
                 prompt_len = int(self._requests.prompt_len.np[slot])
                 if params is not None:
-                    self.admit(slot, params, self._tokens(slot, 0, prompt_len))
+                    num_output = int(total[slot]) - prompt_len
+                    self.admit(slot, params, self._tokens(slot, 0, prompt_len), num_output)
                     self._guarded.add(slot)
                 if slot in self._guarded:
                     begin = prompt_len + self.guard.committed(slot)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamguard.errors import ConfigurationError
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
     from streamguard.compiler.rules import RuleTable
     from streamguard.holdback import WordHold
     from streamguard.metrics import AdmissionMetrics, WorkerMetrics
-    from streamguard.policy import PolicySet
+    from streamguard.policy import PolicySet, Rule
     from streamguard.verdict import VerdictCodes
 
 POLICY_VARIABLE = "STREAMGUARD_POLICY"
 REQUIRED_VARIABLE = "STREAMGUARD_REQUIRED"
 LENIENT_VARIABLE = "STREAMGUARD_LENIENT"
+ALLOW_STALE_VARIABLE = "STREAMGUARD_ALLOW_STALE"
 #: Key of `--additional-config` and of a request's extra_args.
 KEY = "streamguard"
 
@@ -36,11 +39,23 @@ def lenient_by_environment() -> bool:
 
     Raises ConfigurationError for a value that could be meant either way.
     """
-    value = os.environ.get(LENIENT_VARIABLE, "")
+    return _flag(LENIENT_VARIABLE, "leave literals out of the guard, or refuse to start")
+
+
+def allow_stale_by_environment() -> bool:
+    """Whether probes of another model may observe, as the environment has it.
+
+    Raises ConfigurationError for a value that could be meant either way.
+    """
+    return _flag(ALLOW_STALE_VARIABLE, "let probes of another model observe, or refuse to start")
+
+
+def _flag(variable: str, harm: str) -> bool:
+    value = os.environ.get(variable, "")
     if value not in ("", "0", "1"):
         raise ConfigurationError(
-            f"{LENIENT_VARIABLE} is {value!r}; allowed: 0, 1. Read wrongly it would leave literals "
-            f"out of the guard, or refuse to start. Write {LENIENT_VARIABLE}=1, or unset it."
+            f"{variable} is {value!r}; allowed: 0, 1. Read wrongly it would {harm}. Write "
+            f"{variable}=1, or unset it."
         )
     return value == "1"
 
@@ -68,17 +83,43 @@ def lenient(vllm_config: VllmConfig) -> bool:
     return bool(entry["lenient"]) if "lenient" in entry else lenient_by_environment()
 
 
+def allow_stale(vllm_config: VllmConfig) -> bool:
+    """Whether probes of another model may observe; the configuration counts before the environment.
+
+    Raises ConfigurationError as `policy_path` and `allow_stale_by_environment` do.
+    """
+    entry = _additional(vllm_config) or {}
+    if "allow_stale" in entry:
+        return bool(entry["allow_stale"])
+    return allow_stale_by_environment()
+
+
+def stale_probes(vllm_config: VllmConfig) -> frozenset[str] | None:
+    """`Probe.sha256` of the probes that the main process found to be of another model: they observe.
+
+    None if the main process has not looked.
+    """
+    entry = _additional(vllm_config) or {}
+    return frozenset(entry["stale_probes"]) if "stale_probes" in entry else None
+
+
 def _additional(vllm_config: VllmConfig) -> dict[str, Any] | None:
     additional = getattr(vllm_config, "additional_config", None)
     if not isinstance(additional, dict) or KEY not in additional:
         return None
     entry = additional[KEY]
-    known = {"policy": str, "sha256": str, "lenient": bool}
+    known = {
+        "policy": str,
+        "sha256": str,
+        "lenient": bool,
+        "allow_stale": bool,
+        "stale_probes": list,
+    }
     if (
         not isinstance(entry, dict)
         or not set(entry) <= set(known)
         or not all(isinstance(value, known[key]) for key, value in entry.items())
-        or not entry.keys() & {"policy", "lenient"}
+        or not entry.keys() & {"policy", "lenient", "allow_stale"}
     ):
         raise _not_understood(entry)
     return entry
@@ -87,8 +128,8 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any] | None:
 def _not_understood(entry: object) -> ConfigurationError:
     return ConfigurationError(
         f'--additional-config: "{KEY}" is {entry!r}; allowed: {{"policy": "FILE", "lenient": true '
-        f"or false}}; the first may come from {POLICY_VARIABLE}. What is not understood would leave "
-        f"the engine unguarded. Correct it."
+        f'or false, "allow_stale": true or false}}; the first may come from {POLICY_VARIABLE}. What '
+        f"is not understood would leave the engine unguarded. Correct it."
     )
 
 
@@ -113,6 +154,23 @@ def load_policies(vllm_config: VllmConfig) -> PolicySet | None:
     return policies
 
 
+def observing(policies: PolicySet, stale: Collection[str]) -> PolicySet:
+    """The same policies, with the rules of these probes (by `Probe.sha256`) only observing."""
+
+    def demoted(rule: Rule) -> Rule:
+        if rule.probe is None or rule.probe.sha256 not in stale:
+            return rule
+        return replace(rule, action="observe", message=None)
+
+    return replace(
+        policies,
+        policies={
+            name: replace(policy, rules=tuple(map(demoted, policy.rules)))
+            for name, policy in policies.policies.items()
+        },
+    )
+
+
 @dataclass(frozen=True)
 class Context:
     """Policies, rules and codes for one served model; the automata only on demand (workers)."""
@@ -127,6 +185,9 @@ class Context:
         policies = load_policies(vllm_config)
         if policies is None:
             return None
+        stale = stale_probes(vllm_config)
+        if stale:
+            policies = observing(policies, stale)
         model = vllm_config.model_config
         return _build(policies.sha256, _Key(policies, vllm_config), model.get_vocab_size())
 
@@ -136,6 +197,18 @@ class Context:
         from streamguard.compiler.cache import cached_program
 
         return cached_program(self.policies, self.table.vocabulary)
+
+    @cached_property
+    def uses_probes(self) -> bool:
+        """Whether any policy has a rule that reads a probe."""
+        return any(rule.rule.probe is not None for rule in self.table.rules)
+
+    def reads_hidden_states(self, policy: str, stage: str | None = None) -> bool:
+        """Whether a policy has a probe rule (that reads the tokens of a stage)."""
+        return any(
+            rule.probe is not None and stage in (None, rule.stage)
+            for rule in self.policies.policies[policy].rules
+        )
 
     @cached_property
     def word_hold(self) -> WordHold | None:
@@ -158,7 +231,19 @@ class Context:
         from streamguard.metrics import WorkerMetrics
 
         # Rules of several policies may share an id and labels; they share a counter then.
-        return WorkerMetrics(dict.fromkeys(map(self.labels, range(len(self.table.rules)))))
+        return WorkerMetrics(
+            dict.fromkeys(map(self.labels, range(len(self.table.rules)))), self.score_names
+        )
+
+    @cached_property
+    def score_names(self) -> list[str]:
+        """By column of the scores (as `ProbeTable` has them): the probe's file and head."""
+        probes = {r.rule.probe.sha256: r.rule.probe for r in self.table.rules if r.rule.probe}
+        return [
+            f"{Path(rule.path).stem}/{head}"
+            for rule in probes.values()
+            for head in (rule.probe.heads if rule.probe is not None else ())
+        ]
 
     def labels(self, rule: int) -> tuple[str, str, str, str]:
         """Metric labels of a rule by global index."""

@@ -244,14 +244,21 @@ def _stream(output: Any, norm: bool) -> tuple[torch.Tensor, torch.Tensor | None]
     """
     if norm and isinstance(output, tuple) and output:
         output = output[0]
-    if isinstance(output, torch.Tensor):
+    if _is_stream(output):
         return output, None
-    if isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
+    if isinstance(output, tuple) and output and _is_stream(output[0]):
         if len(output) == 1 or output[1] is None:
             return output[0], None
         if isinstance(output[1], torch.Tensor) and output[1].shape == output[0].shape:
             return output[0], output[1]
     raise ProbeError(
-        "a decoder layer returned neither a tensor nor (hidden, residual): probes do not support this "
-        "model's structure. Remove the probe rules from the policy."
+        "a decoder layer returned neither one row a token nor (hidden, residual) of such: probes do not "
+        "support this model's structure. Remove the probe rules from the policy."
     )
+
+
+def _is_stream(output: Any) -> bool:
+    """One row a token. Several streams a token (hyper-connections) would pass for more tokens."""
+    if not isinstance(output, torch.Tensor):
+        return False
+    return output.dim() == 2 or (output.dim() == 3 and output.shape[0] == 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,12 @@ from typing import Any
 import pytest
 from cli_commands import fake_versions, run
 
+sys.path.append(str(Path(__file__).parents[1] / "probe"))
+
+from probes import save_probe
+
 from streamguard.commands import doctor
+from streamguard.probe.model import ServedModel
 
 LOOK_AT_COMPANIONS = doctor._companions
 
@@ -112,6 +118,38 @@ def test_doctor_looks_at_a_model_and_the_policy_for_it(
     assert found["spare ids"]["status"] == "ok"
     assert "states" in found["policy for this model"]["found"]
     assert found["policy"]["status"] == "ok"
+
+
+def test_doctor_says_whether_a_probe_fits_the_model(
+    tiny_models: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_models(pad_vocab_to=1024)
+    card = ServedModel(str(model)).card.model_dump()
+    wrong = {**card, "fingerprint": "f" * 64}
+    narrow = {**card, "hidden_size": 8}
+    save_probe(tmp_path, "fits.safetensors", hidden_size=64, model=card)
+    save_probe(tmp_path, "other.safetensors", hidden_size=64, model=wrong)
+    save_probe(tmp_path, "narrow.safetensors", hidden_size=8, model=narrow)
+    rules = [
+        {"id": name, "category": "custom", "action": "halt", "threshold": 1,
+         "probe": f"{name}.safetensors"}
+        for name in ("fits", "other", "narrow")
+    ]  # fmt: skip
+    policy = tmp_path / "policy.yaml"
+    policy.write_text(json.dumps({"version": 1, "rules": rules}))
+    monkeypatch.setenv("STREAMGUARD_POLICY", str(policy))
+    found = diagnosis(model, exit_code=2)
+    assert found["probe fits.safetensors"]["status"] == "ok"
+    assert "1 head, layer 1" in found["probe fits.safetensors"]["found"]
+    other = found["probe other.safetensors"]
+    assert other["status"] == "fail"
+    assert "fingerprint ffffffffffff…" in other["found"]
+    assert card["fingerprint"][:12] in other["found"]
+    assert "--allow-stale" in other["remedy"]
+    monkeypatch.setenv("STREAMGUARD_ALLOW_STALE", "1")
+    found = diagnosis(model, exit_code=2)
+    assert found["probe other.safetensors"]["status"] == "warn"
+    assert found["probe narrow.safetensors"]["status"] == "fail"
 
 
 def test_doctor_warns_of_a_vocabulary_without_spare_ids(tiny_models: Callable[..., Path]) -> None:
