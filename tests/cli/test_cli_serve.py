@@ -39,7 +39,12 @@ def test_serve_becomes_vllm_serve_with_the_guard_required(
 
 @pytest.mark.parametrize(
     ("options", "variable", "expected"),
-    [([], None, "0"), (["--allow-stale"], None, "1"), ([], "1", "1"), (["--allow-stale"], "0", "1")],
+    [
+        ([], None, "0"),
+        (["--allow-stale"], None, "1"),
+        ([], "1", "1"),
+        (["--allow-stale"], "0", "1"),
+    ],
 )
 def test_serve_tells_the_engine_whether_probes_may_be_stale(
     started: list[Any], policy: Path, monkeypatch: pytest.MonkeyPatch,
