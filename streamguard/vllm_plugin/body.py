@@ -127,31 +127,33 @@ class Body(Attached):
         request_id   by slot, where verdicts are kept beside.
         """
         probing = self.probing
-        if probing is None or not self.guard.watches(slots).any():
+        mine = np.array(slots, np.int64)
+        watched = self.guard.watches(mine)
+        if probing is None or not watched.any():
             return
         try:
             with self.metrics.timed("probe"):
                 if not probing.ran():
-                    failed = self.guard.watches(slots)
+                    failed = watched
                     why = "the tap did not run exactly once in this step"
                 else:
-                    scores = probing.tap.scores[: int(row_offsets[len(slots)])].cpu().numpy()
-                    failed = self.guard.feed_scores(
-                        slots, starts, row_offsets[: len(slots) + 1], scores
-                    )
+                    offsets = np.array(row_offsets[: len(mine) + 1], np.int64)
+                    scores = probing.tap.scores[: offsets[-1]].cpu().numpy()
+                    failed = self.guard.feed_scores(mine, starts, offsets, scores)
                     valid = np.array(committed, bool)
-                    failed |= self.guard.unread(slots) & valid
+                    failed |= self.guard.unread(mine) & valid
                     why = "scores of a text are missing, NaN or infinite"
-                    counted = np.flatnonzero(self.guard.watches(slots) & valid & ~failed)
-                    self._count_scores(counted, slots, row_offsets, scores)
+                    self._count_scores(mine, watched & valid & ~failed, offsets, scores)
             if failed.any():
-                self._fail_probes([slots[i] for i in np.flatnonzero(failed)], why, request_id)
+                self._fail_probes(mine[failed].tolist(), why, request_id)
         except Exception:
             self._fail(slots)
 
-    def _count_scores(self, rows: Any, slots: list[int], row_offsets: Any, scores: Any) -> None:
-        newest = np.asarray(row_offsets)[rows + 1] - 1
-        mine = np.asarray(slots)[rows]
+    def _count_scores(self, slots: Any, counted: Any, row_offsets: Any, scores: Any) -> None:
+        """Count the newest scores of the texts that are `counted` (bool[n]) for the metrics."""
+        newest, mine = row_offsets[1:] - 1, slots
+        if not counted.all():
+            newest, mine = newest[counted], mine[counted]
         # What a prompt's last token says is the newest of a text that has no output yet.
         in_prompt = self.guard.num_committed(mine) == 0
         self.scores.add(scores[newest], self.guard.policy_numbers(mine), in_prompt)

@@ -112,9 +112,12 @@ class ScoreCounter:
             return
         values = scores[rows, columns]
         bucket = np.searchsorted(SCORE_BOUNDS, values)  # the first bound that is not below
+        num_columns, num_buckets = self._counts.shape
+        counts = np.bincount(columns * num_buckets + bucket, minlength=self._counts.size)
+        sums = np.bincount(columns, values, num_columns)
         with self._lock:
-            np.add.at(self._counts, (columns, bucket), 1)
-            np.add.at(self._sums, columns, values)
+            self._counts += counts.reshape(self._counts.shape)
+            self._sums += sums
         self._stepped.set()
 
     def publish(self) -> None:

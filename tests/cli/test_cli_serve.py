@@ -37,6 +37,28 @@ def test_serve_becomes_vllm_serve_with_the_guard_required(
     assert "PROMETHEUS_MULTIPROC_DIR" not in variables
 
 
+@pytest.mark.parametrize(
+    ("options", "variable", "expected"),
+    [
+        ([], None, "0"),
+        (["--allow-stale"], None, "1"),
+        ([], "1", "1"),
+        (["--allow-stale"], "0", "1"),
+    ],
+)
+def test_serve_tells_the_engine_whether_probes_may_be_stale(
+    started: list[Any], policy: Path, monkeypatch: pytest.MonkeyPatch,
+    options: list[str], variable: str | None, expected: str,
+) -> None:  # fmt: skip
+    if variable is not None:
+        monkeypatch.setenv("STREAMGUARD_ALLOW_STALE", variable)
+    result = run("serve", "model", "--policy", policy, *options)
+    assert result.exit_code == 0, result.output
+    ((arguments, variables),) = started
+    assert arguments[arguments.index("serve") :] == ["serve", "model"]
+    assert variables["STREAMGUARD_ALLOW_STALE"] == expected
+
+
 @pytest.mark.parametrize("arguments", [(), ("--port", "8000"), ("--port", "8000", "model")])
 def test_serve_wants_the_model_first(
     started: list[Any], policy: Path, arguments: tuple[str, ...]

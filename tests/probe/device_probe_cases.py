@@ -189,9 +189,10 @@ def test_device_decides_as_the_host_does_on_random_schedules(program: Program, s
     for _ in range(NUM_STEPS):
         engine.step()
     print(f"{NUM_STEPS} steps:", engine.seen, engine.counts.tolist())
-    assert min(engine.seen.values()) > 0, engine.seen
-    assert engine.schedule.restarted
-    assert (engine.counts > 0).sum() > len(engine.counts) / 2
+    assert engine.seen["fired"] > 10
+    assert engine.seen["failed"] + engine.seen["passed"] > 0
+    assert min(engine.seen["discarded"], engine.schedule.restarted) > 0
+    assert (engine.counts > 0).sum() > len(engine.counts) / 3
 
 
 def test_statistics_agree_bit_for_bit_on_scores_of_any_size(program: Program, seed: int) -> None:
