@@ -37,7 +37,7 @@ PROBE_RULE = """
   - id: cooking                # a topic, by the model's own hidden states
     category: custom
     probe: cooking.safetensors
-    threshold: {fpr: 0.1}
+    threshold: {fpr: 0.05}
     action: halt
 """
 _NAME = "SmolLM2-135M-Instruct"
