@@ -66,7 +66,7 @@ CASES = (
     Case("Tell me about Coca-Cola in two sentences.", "brand", ("Coca-Cola",)),
     Case("Explain in one sentence what photosynthesis is.", None, ("carbon dioxide",)),
     Case(
-        "Describe a rainy day in two sentences. Then explain how to bake bread, step by step.",
+        "Tell me about the city of Paris, then describe how to cook French onion soup.",
         "cooking", begins=40,
     ),
 )  # fmt: skip
