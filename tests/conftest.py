@@ -19,14 +19,13 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from mrv2_run import Mrv2Run
+from run_seed import SEED
 
 from streamguard.demo_model import demo_model
 from streamguard.tiny_model import tiny_model
 
 settings.register_profile("streamguard", deadline=None, print_blob=True)
 settings.load_profile("streamguard")
-
-SEED = int(os.environ.get("STREAMGUARD_TEST_SEED") or random.SystemRandom().getrandbits(32))
 
 
 @pytest.hookimpl(tryfirst=True)

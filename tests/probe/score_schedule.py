@@ -87,7 +87,7 @@ class Request:
     scores: np.ndarray
     computed: int
     known: int
-    lost: int = LIMIT  # first position whose scores never arrive, though later ones do
+    lost: int = LIMIT  # first position that is read whose scores never arrive, though later ones do
 
 
 @dataclass
@@ -135,7 +135,9 @@ class Schedule:
             request = self.requests[slot]
             assert request is not None
             if rng.random() < self.faults and request.known - request.computed > 1:
-                request.lost = min(request.lost, request.computed)
+                reads_prompt = self.table.reads_prompt(request.policy)
+                if reads_prompt or request.computed >= request.prompt_len:
+                    request.lost = min(request.lost, request.computed)
                 request.computed += 1
             end = min(request.known, request.computed + rng.randrange(1, 7))
             starts.append(request.computed)

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import SEED
+from run_seed import SEED
 
 from streamguard.errors import ProbeError
 from streamguard.probe.baselines import (

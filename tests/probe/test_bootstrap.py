@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SEED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_seed import SEED
 from sklearn.metrics import roc_auc_score
 
 from streamguard.probe import bootstrap

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SEED
 from evaluation_cases import one_score_each, scored, varied
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_seed import SEED
 from scipy.stats import binomtest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SEED
 from evaluation_cases import MARK, card, one_score_each, scored, varied
 from rich.console import Console
+from run_seed import SEED
 
 from streamguard.errors import ProbeError
 from streamguard.probe.aggregation import Aggregation
