@@ -59,7 +59,7 @@ def write_policy(folder: Path) -> None:
             "id": head,
             "probe": "random.safetensors",
             "head": head,
-            "threshold": 1e30,
+            "threshold": 1_000_000,
             "action": "observe",
         }
         for head in heads

@@ -29,6 +29,7 @@ def test_the_shipped_example_loads() -> None:
 
 def test_settings_left_out_have_their_defaults() -> None:
     concept = Concept.from_dict(GOOD)
+    assert (concept.max_tokens, concept.samples, concept.temperature) == (96, 2, 0.8)
     assert Concept.from_dict({**GOOD, "temperature": 0}).temperature == 0
 
 
