@@ -116,6 +116,9 @@ def fit_command(
 
     if bool(data) == (concept is not None):
         raise InputError("give either --data FILE (labelled items) or --concept FILE, one of them.")
+    if report is not None and (concept is not None or stage == "prompt"):
+        raise InputError("--report: there are figures of responses only, from --data FILE.")
+    _can_draw(report)
     _writable(output)
     served = ServedModel(model)
     chosen = _layers(layers)
@@ -218,6 +221,7 @@ def eval_command(
     from streamguard.probe.artifact import Probe
     from streamguard.probe.model import ServedModel
 
+    _can_draw(report)
     loaded = Probe.load(probe)
     if loaded.card.stage != "output":
         raise InputError(f"{probe}: reads prompts; only probes of responses can be evaluated.")
@@ -381,6 +385,13 @@ def _options(given: list[str] | None) -> dict[str, Any]:
         except ValueError:
             options[key] = value
     return options
+
+
+def _can_draw(report: Path | None) -> None:
+    if report is not None:
+        from streamguard.probe.extra import need
+
+        need("matplotlib", "a report needs")
 
 
 def _writable(path: Path) -> None:

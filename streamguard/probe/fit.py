@@ -17,6 +17,7 @@ from streamguard.probe.artifact import NORM, AggregationCard, Card, DataCard, He
 from streamguard.probe.data import (
     Data,
 )
+from streamguard.probe.extra import need
 from streamguard.probe.measure import Measured, held_out, localisation, measure
 from streamguard.probe.model import ServedModel, versions
 from streamguard.probe.pool import Index, Pool
@@ -63,6 +64,8 @@ def fit(
     Raises ProbeError for data or a model that cannot support a probe.
     """
     check_layers(model, options.layers or ())
+    if options.baselines and options.stage == "output":
+        need("sklearn", "the card's baselines need")  # now, not after an hour of work
     ready = prepare(data, model, options)
     items, part = ready.items, ready.part
     longest = options.max_prompt + options.max_response + 2

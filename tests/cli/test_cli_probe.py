@@ -187,6 +187,7 @@ def test_show_prints_what_a_probe_is_for(fitted: Fit) -> None:
         (("-d", "{data}", "--hold-out", "thre"), "three"),
         (("-d", "{data}", "--engine", "x"), "KEY=VALUE"),
         (("-d", "{data}", "--stage", "input"), "allowed: output, prompt"),
+        (("--concept", "{data}", "--report", "r"), "there are figures of responses only"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_before_an_engine_starts(
