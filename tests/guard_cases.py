@@ -326,8 +326,15 @@ class TextOracle:
         self.output = b""
         self.ended = False
         # A word that stands whole at the prompt's end is not the model's, whatever follows it.
+        # A letter behind it tells of a regex's `\b` what the end of the text does not.
         text = decode(self.prompt, False)
-        whole = {("joined", n, *m) for n, i, part in self.rules for m in matches(text, part, i)}
+        whole = {
+            ("joined", n, *m)
+            for n, i, part in self.rules
+            for behind in ("", "x")
+            for m in matches(text + behind, part, i)
+            if m[0] <= len(text)
+        }
         self._known = self._matches() | whole
 
     def _shown(self, token: int) -> bytes:
