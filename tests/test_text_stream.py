@@ -247,6 +247,38 @@ def test_under_every_normal_form_no_match_is_ever_shown(seed: int) -> None:
     assert num_cut
 
 
+def test_a_word_with_a_mark_behind_it_is_no_word_where_the_text_is_cut() -> None:
+    # The k is cut out behind b and its accent: the b must not stand as a word of its own.
+    one = program(policy(rule("halt", "b", forms=["marks"], word=True), rule("mask", "k")))
+    assert run(one, list("a b\u0301k"))[0] == f"a {MARK}"
+    assert run(one, list("a b\u0301x k"))[0] == f"a b\u0301x {MARK}"
+
+
+def test_places_where_the_end_would_show_a_match_are_all_found(seed: int) -> None:
+    rng = random.Random(seed)
+    num_found = 0
+    for _ in range(100):
+        compiled = program(policy(*random_rules(rng, LITERALS, rng.randint(1, 3))))
+        acting = [r.rule.action != "observe" for r in compiled.rules]
+        noise = rng.choices(["", "", "\u200b", " ", " . ", "\u0301", "0"], k=40)
+        text = "".join(c + rng.choice(noise) for c in random_data(rng, 8, broken=False).decode())
+        scanner, data, done = Scanner(compiled, watching=True), text.encode(), 0
+        places, decided = set(), False
+        while done < len(data) and not decided:
+            steps, rows = scanner.watch(data[done : done + 1], final=False)
+            places.update(at for at, _ in scanner.closings())
+            decided = rows is not None and any(acting[index] for index in rows[:, 2])
+            done += steps
+        for end in range(done - decided):  # the last byte made a match certain: nothing ends there
+            whole = Scanner(compiled)
+            list(whole.feed(data[:end]))
+            if end and data[end] & 0xC0 != 0x80:  # between characters
+                shows = any(acting[m.rule] for m in whole.finish())
+                assert (end in places) == shows, (compiled.rules, data[:end])
+                num_found += shows
+    assert num_found
+
+
 REGEXES = (r"[\w.%+-]+@(?:[\w-]+\.)+[a-z]{2}", r"\bb[o0]+m\b", r"[0-9]{4}(?:-[0-9]{4})*", r"k.k")
 
 

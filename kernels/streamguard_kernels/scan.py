@@ -169,8 +169,8 @@ def _walk(call, track, n, first, last, here):
 
 
 @borrowing
-def _shows(call, track, entry, end):
-    """Whether the patterns of the state that a move leads to have a withheld match that ends here."""
+def _shows(call, track, entry):
+    """Whether the patterns of the state that a move leads to are a withheld match."""
     packed = call[0]
     t, s = unpack_tables(packed), unpack_reading(call[1])
     k = track - call[LO]
@@ -179,8 +179,7 @@ def _shows(call, track, entry, end):
     while True:
         pattern = t.first_pattern[first_place + index]
         while pattern >= 0:
-            there = t.pattern_length[pattern] < 0 or s.newest[2 * k + 1] == end
-            if there and s.withholds[t.pattern_rule[pattern]]:
+            if s.withholds[t.pattern_rule[pattern]]:
                 return True
             pattern = t.next_pattern[pattern]
         index = np.int64(t.suffix_link[first_place + index])
@@ -246,7 +245,7 @@ def _feed_character(call, code_point, first, last, here):
                 closing = np.uintp(t.class_of[classes + np.uintp(BEFORE_NONWORD)])
                 entry = move(call[0], np.int64(track), np.uintp(s.states[k]), closing)
                 if entry >> np.uint32(31) and not closes:
-                    closes = _shows(call, np.int64(track), entry, last)
+                    closes = _shows(call, np.int64(track), entry)
     if closes:
         at = 2 * call[CLOSINGS]
         s.closings[at], s.closings[at + 1] = last, first
