@@ -11,14 +11,20 @@ import atexit
 import os
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, metrics, values
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from streamguard_kernels.probe import LOWEST
 
 _FOLDER = "STREAMGUARD_METRICS_DIR"
 _SHARED = "PROMETHEUS_MULTIPROC_DIR"
@@ -28,7 +34,12 @@ PHASES = ("commit", "mask", "probe", "decide")
 _BUCKETS = (1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 1e-1)
 
 #: Upper bounds of the buckets of scores (logits), the last one aside, which is +Inf.
-SCORE_BOUNDS = tuple(float(bound) for bound in range(-8, 9))
+SCORE_BOUNDS = tuple(float(bound) for bound in range(LOWEST, 1 - LOWEST))
+
+#: What a step counts reaches the files within this time, or half of it after the last step.
+_PUBLISH_S = 1.0
+#: Of this process, to be published before its own registry is read.
+_workers: weakref.WeakSet[WorkerMetrics] = weakref.WeakSet()
 
 
 def _alive(pid: int) -> bool:
@@ -49,6 +60,8 @@ class _Collector(MultiProcessCollector):
         super().__init__(None, path=folder)
 
     def collect(self) -> Any:
+        for worker in list(_workers):
+            worker.publish()
         for file in self._folder.glob("gauge_live*_*.db"):
             pid = file.stem.rsplit("_", 1)[1]
             if pid.isdigit() and not _alive(int(pid)):
@@ -130,6 +143,9 @@ class AdmissionMetrics:
 class WorkerMetrics:
     """What a worker counts and times.
 
+    What is counted in every step is kept in lists and written now and then, by a thread: a write to a
+    metrics file takes some 50 µs when a forward pass has just emptied the caches.
+
     verdict_labels  (rule, category, action, stage) of every rule that can fire here.
     probes          by column of the scores: what it is called.
     """
@@ -167,6 +183,13 @@ class WorkerMetrics:
             )
             self._scores = [scores.labels(name) for name in probes]
             self._errors = _errors("step")
+        self._timed: deque[tuple[str, float]] = deque()
+        self._decided: deque[int] = deque()
+        self._more: list[Callable[[], None]] = []
+        self._publishing = threading.Lock()
+        self._stepped = threading.Event()
+        self._publisher: threading.Thread | None = None
+        _workers.add(self)
 
     def started(self, sha256_of: dict[str, str], compile_seconds: float, size_bytes: int) -> None:
         """Note that the guard is attested and in force in this worker."""
@@ -182,20 +205,18 @@ class WorkerMetrics:
         self._errors.inc(count)
 
     def scores(self, counts: Any, sums: Any) -> None:
-        """Add scores that were counted elsewhere: int[num_columns, num_buckets] and float[num_columns].
-
-        Far cheaper than an `observe` each: a step has as many scores as columns and rows.
-        """
+        """Add scores that were counted elsewhere: int[num_columns, num_buckets] and float[num_columns]."""
         for column, histogram in enumerate(self._scores):
-            for bucket, count in enumerate(counts[column].tolist()):
-                if count:
-                    histogram._buckets[bucket].inc(count)
-            if sums[column]:
-                histogram._sum.inc(float(sums[column]))
+            _observe(histogram, counts[column], float(sums[column]))
 
     def tokens(self, count: int) -> None:
-        """Count tokens that a decision was made on."""
-        self._tokens.inc(count)
+        """Count tokens that a decision was made on: the last thing in every step."""
+        self._decided.append(count)
+        if self._publisher is None:  # not before: threads do not survive a fork
+            self._publisher = threading.Thread(target=self._publish_forever, daemon=True)
+            self._publisher.start()
+        if not self._stepped.is_set():
+            self._stepped.set()
 
     def verdict(self, labels: tuple[str, str, str, str], count: int = 1) -> None:
         """Count a rule that fired."""
@@ -208,7 +229,51 @@ class WorkerMetrics:
         try:
             yield
         finally:
-            self._seconds[phase].observe(time.perf_counter() - started)
+            self._timed.append((phase, time.perf_counter() - started))
+
+    def also_publish(self, what: Callable[[], None]) -> None:
+        """Call `what` whenever counts are published, from any thread, one at a time."""
+        self._more.append(what)
+
+    def publish(self) -> None:
+        """Write what was counted since the last time."""
+        with self._publishing:
+            seconds: dict[str, list[float]] = defaultdict(list)
+            for phase, value in _drained(self._timed):
+                seconds[phase].append(value)
+            for phase, values in seconds.items():
+                buckets = np.bincount(
+                    np.searchsorted(_BUCKETS, values), minlength=len(_BUCKETS) + 1
+                )
+                _observe(self._seconds[phase], buckets, sum(values))
+            if tokens := sum(_drained(self._decided)):
+                self._tokens.inc(tokens)
+            for what in self._more:
+                what()
+
+    def _publish_forever(self) -> None:
+        while self._stepped.wait():
+            for _ in range(2):
+                self._stepped.clear()
+                time.sleep(_PUBLISH_S / 2)
+                if not self._stepped.is_set():
+                    break
+            self.publish()
+
+
+def _drained(waiting: deque[Any]) -> Iterator[Any]:
+    """Take out what is there now; others may go on appending."""
+    for _ in range(len(waiting)):
+        yield waiting.popleft()
+
+
+def _observe(histogram: Any, buckets: Any, total: float) -> None:
+    """Add many values at once: int[num_buckets] how many fell into each, and their sum."""
+    for bucket, count in enumerate(buckets.tolist()):
+        if count:
+            histogram._buckets[bucket].inc(count)
+    if total:
+        histogram._sum.inc(total)
 
 
 def _gauge(name: str, help_text: str, mode: Any, *labels: str) -> Any:

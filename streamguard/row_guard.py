@@ -18,6 +18,7 @@ from streamguard.probe.columns import ProbeTable
 from streamguard.probe.monitor import Monitor
 from streamguard.session import Session
 from streamguard.verdict import Progress, VerdictCodes
+from streamguard_kernels.rows import count_tokens, live_rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class RowGuard:
         self._committed = np.zeros(num_slots, np.int64)
         self._progress = [Progress() for _ in range(num_slots)]
         self._running = np.zeros(num_slots, bool)  # progress.rule is not None
+        self._guarded = np.zeros(num_slots, bool)
+        self._masking: set[int] = set()
+        self._masks = [program.uses(MASK, p) for p in range(len(program.policies))]
         self._spare = np.zeros(len(program.vocabulary), bool)
         self._spare[list(codes.spare)] = True
         self._group = np.array([r.group for r in program.rules])
@@ -79,12 +83,14 @@ class RowGuard:
             end_token_ids=end_token_ids,
             show_end_token=show_end_token,
         )
-        self._policy[slot] = self.program.policies.index(policy)
+        number = self.program.policies.index(policy)
+        self._policy[slot], self._guarded[slot] = number, True
+        (self._masking.add if self._masks[number] else self._masking.discard)(slot)
         self._limit[slot], self._committed[slot] = max_tokens, 0
         self._progress[slot], self._running[slot] = Progress(), False
         if self.probe is not None:
             length = len(prompt_token_ids) if prompt_len is None else prompt_len
-            self.probe.reset(slot, int(self._policy[slot]), length, count_from)
+            self.probe.reset(slot, number, length, count_from)
 
     def warm_up(self) -> None:
         """Compile every kernel now (some ten seconds once per machine), not at the first request."""
@@ -112,9 +118,10 @@ class RowGuard:
         """`committed` of several slots: int64[n]."""
         return self._committed[slots]
 
-    def policy_numbers(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Index in the rule table of the policy that each slot is under: int64[n]."""
-        return self._policy[slots]
+    @property
+    def masks(self) -> bool:
+        """Whether any slot is under a policy with mask rules."""
+        return bool(self._masking)
 
     def running_verdict(self, slot: int) -> int | None:
         """Global index of the rule whose script runs in the slot, if any."""
@@ -127,6 +134,8 @@ class RowGuard:
     def let_pass(self, slot: int) -> None:
         """Stop matching in a slot: its rows never hit again."""
         self.session.release(slot)
+        self._guarded[slot] = False
+        self._masking.discard(slot)
         if self.probe is not None:
             self.probe.release(slot)
 
@@ -143,8 +152,7 @@ class RowGuard:
     def commit(self, slots: ArrayLike, tokens: ArrayLike) -> None:
         """Take in tokens that the engine committed; several of one slot in their order."""
         fed, text = np.asarray(slots, np.int64), np.asarray(tokens, np.int64)
-        np.add.at(self._committed, fed, 1)
-        if self._running[fed].any() or self._spare[text].any():
+        if count_tokens(fed, text, self._committed, self._running, self._spare):
             pairs = zip(fed.tolist(), text.tolist(), strict=True)
             ordinary = np.array([not self._commit_script(*pair) for pair in pairs])
             fed, text = fed[ordinary], text[ordinary]
@@ -157,32 +165,29 @@ class RowGuard:
         return belongs
 
     def feed_scores(
-        self, slots: ArrayLike, starts: ArrayLike, row_offsets: ArrayLike, scores: ArrayLike
+        self,
+        slots: ArrayLike,
+        starts: ArrayLike,
+        row_offsets: ArrayLike,
+        scores: ArrayLike,
+        commits: ArrayLike | None = None,
     ) -> NDArray[np.bool_]:
         """Take in the scores of a forward pass; see `Monitor.feed`.
 
+        commits  bool[n]: whether the engine will commit the row's sample; none of them if None.
         Returns which slots have failed, bool[n]: their policy's `on_error` decides, by
         `resume_verdict(slot, FAILED, 0)` or `let_pass(slot)`. False of slots without probe rules.
         """
+        mine = np.asarray(slots, np.int64)
         if self.probe is None:
-            return np.zeros(np.shape(slots), bool)
-        return self.probe.feed(slots, starts, row_offsets, scores)
+            return np.zeros(len(mine), bool)
+        num_output = self._committed[mine]
+        return self.probe.feed(mine, starts, row_offsets, scores, num_output, commits)
 
     def watches(self, slots: ArrayLike) -> NDArray[np.bool_]:
         """Whether a slot's policy has probe rules that are in force: bool[n]."""
         mine = np.asarray(slots, np.int64)
         return np.zeros(len(mine), bool) if self.probe is None else self.probe.watches(mine)
-
-    def unread(self, slots: ArrayLike) -> NDArray[np.bool_]:
-        """Whether scores of committed tokens have not been fed to a slot with probe rules: bool[n].
-
-        To ask before `decide` of rows whose sample will be committed: nothing would fire otherwise,
-        and nobody would know. In chunks of a prompt it is true up to the last one.
-        """
-        mine = np.asarray(slots, np.int64)
-        if self.probe is None:
-            return np.zeros(len(mine), bool)
-        return self.probe.behind(mine, self._committed[mine])
 
     def mask(self, logits: NDArray[np.float32], rows: ArrayLike, slots: ArrayLike) -> None:
         """Make tokens that would complete a mask rule impossible; in place."""
@@ -206,16 +211,17 @@ class RowGuard:
         observe rules included; a script that merely goes on fires nothing.
         """
         mine = np.asarray(slots, np.int64)
-        running = self._running[mine]
-        for row in np.flatnonzero(running):
-            sampled[row] = self._progress[mine[row]].forced(self.codes)
+        work, ends = np.empty((3, len(mine)), np.int64), np.empty(len(mine), np.uint8)
         # Slots that were let pass after an error are not looked at: the error may come again.
-        rows = np.flatnonzero(~running & self.session.is_guarded(mine))
-        live, chosen = mine[rows], sampled[rows]
-        # The model itself chose a reserved id: to the reader that is no verdict.
-        chosen[self._spare[chosen]] = self.codes.eos_id
-        sampled[rows] = chosen
-        hits = self.session.peek(live, chosen, self._last(live))
+        num_live = live_rows(
+            mine, sampled, self._running, self._guarded, self._committed, self._limit, self._spare,
+            self.codes.eos_id, *work, ends,
+        )  # fmt: skip
+        rows, live, chosen = work[:, :num_live]
+        if num_live < len(mine):
+            for row in np.flatnonzero(self._running[mine]):
+                sampled[row] = self._progress[mine[row]].forced(self.codes)
+        hits = self.session.peek(live, chosen, ends[:num_live])
         events: dict[int, list[int]] = {}
         if hits.any():
             for at, rule in self.session.events():

@@ -247,11 +247,6 @@ class Session:
             forbidden |= stop
         return np.flatnonzero(forbidden).astype(np.int64)
 
-    def is_guarded(self, slots: ArrayLike) -> NDArray[np.bool_]:
-        """Whether each slot is under a policy, neither new nor released: bool[num_rows]."""
-        guarded: NDArray[np.bool_] = self._slots.policy[np.asarray(slots, np.int64)] >= 0
-        return guarded
-
     def needs_mask(self, slots: ArrayLike) -> NDArray[np.bool_]:
         """Whether the policy of each slot has mask rules: bool[num_rows]."""
         policy = self._slots.policy[np.asarray(slots, np.int64)]

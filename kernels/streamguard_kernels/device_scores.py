@@ -11,12 +11,12 @@ import torch
 import triton
 import triton.language as tl
 
+from streamguard_kernels import probe
 from streamguard_kernels.device_probe import ProbeSlots
 from streamguard_kernels.device_tables import Slots
 
-#: Upper bounds of the buckets are the whole numbers LOWEST .. -LOWEST, in units of the score, and +Inf.
-LOWEST = tl.constexpr(-8)
-NUM_BUCKETS = tl.constexpr(18)
+LOWEST = tl.constexpr(probe.LOWEST)
+NUM_BUCKETS = tl.constexpr(probe.NUM_BUCKETS)
 
 
 class ScoreCounts(NamedTuple):

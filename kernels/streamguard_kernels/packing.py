@@ -17,14 +17,16 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import from_dtype
 
-_KINDS = {"b": np.uint8, "u": np.uint32, "i": np.int32, "l": np.int64}
+_KINDS = {
+    "b": np.uint8, "u": np.uint32, "i": np.int32, "l": np.int64, "f": np.float32, "d": np.float64,
+}  # fmt: skip
 
 
 def pack(arrays: Sequence[np.ndarray], kinds: str) -> np.ndarray:
     """Addresses and sizes of C-contiguous arrays: int64[num_arrays, 2].
 
     Kernels take the address of what this returns (`address`).
-    kinds  a letter an array: b uint8, u uint32, i int32, l int64.
+    kinds  a letter an array: b uint8, u uint32, i int32, l int64, f float32, d float64.
     The caller keeps the arrays and the result alive. Raises TypeError for an array of another kind,
     since a kernel would read it as it is told.
     """

@@ -11,10 +11,14 @@ from typing import NamedTuple
 import numpy as np
 
 from streamguard_kernels.compiled import borrowing, compiled
+from streamguard_kernels.packing import pack, unpacker
 
 #: Kinds of statistic. RAW is WINDOW over one token.
 WINDOW, CONSECUTIVE, EMA, CUSUM = 0, 1, 2, 3
 MAX_SIZE = 64
+#: Scores are counted in buckets up to the whole numbers LOWEST .. -LOWEST, and above.
+LOWEST = -8
+NUM_BUCKETS = 2 - 2 * LOWEST
 
 
 @borrowing
@@ -95,7 +99,9 @@ class Monitors(NamedTuple):
     kind, size, warmup     int32; weight, drift float32: see `next_statistic`
     threshold, hysteresis  float32
     stage                  int32: 0 = reads the output, 1 = the prompt
-    stop                   bool: latched once it fired; else it observes, and counts crossings
+    stop                   uint8: 1 = latched once it fired; else it observes, and counts crossings
+    watched                int32[num_policies, num_columns]: 1 = some monitor reads the column in
+                           outputs, 2 = in prompts, 3 = in both
     """
 
     rule: np.ndarray
@@ -109,10 +115,11 @@ class Monitors(NamedTuple):
     hysteresis: np.ndarray
     stage: np.ndarray
     stop: np.ndarray
+    watched: np.ndarray
 
 
 class MonitorSlots(NamedTuple):
-    """What monitors remember of each text.
+    """What monitors remember of each text, and how often scores fell into which bucket.
 
     policy      int64[num_slots]: -1 = not watched
     prompt_len  int64[num_slots]
@@ -123,6 +130,7 @@ class MonitorSlots(NamedTuple):
     pending     uint8[num_slots, max_monitors]: 1 = a crossing that was not reported yet
     failed      uint8[num_slots]: 1 = scores were missing or no numbers; nothing is read any more
     news        uint8[num_slots]: 1 = a stop rule fired, or something is pending
+    counts      int64[num_columns, NUM_BUCKETS]; sums float64[num_columns]: of the newest scores
     """
 
     policy: np.ndarray
@@ -135,55 +143,90 @@ class MonitorSlots(NamedTuple):
     pending: np.ndarray
     failed: np.ndarray
     news: np.ndarray
+    counts: np.ndarray
+    sums: np.ndarray
+
+
+_MONITORS, _SLOTS = "i i i i f f i f f i b i", "l l l l f f b b b b l d"
+_unpack_monitors = unpacker(Monitors, _MONITORS)
+_unpack_slots = unpacker(MonitorSlots, _SLOTS)
+
+
+def pack_monitors(monitors, slots):
+    """The addresses of `Monitors` and of `MonitorSlots`, whose own addresses kernels take."""
+    return pack(monitors, _MONITORS), pack(slots, _SLOTS)
 
 
 @borrowing
-def _read_row(m, s, slot, position, scores, row):
+def _read_row(call, slot, position, scores, row):
     """Take the scores of one position into the monitors that read it."""
+    m, s = _unpack_monitors(call[0]), _unpack_slots(call[1])
     policy, prompt_len = s.policy[slot], s.prompt_len[slot]
+    width = s.value.shape[0] // s.policy.shape[0]
+    longest = s.ring.shape[0] // s.value.shape[0]
     stage = np.int32(position < prompt_len)
-    for k in range(m.rule.shape[1]):
-        if m.rule[policy, k] >= 0 and m.stage[policy, k] == stage:
-            if not np.isfinite(scores[row, m.column[policy, k]]):
+    first, mine = policy * width, slot * width
+    for k in range(first, first + width):
+        if m.rule[k] >= 0 and m.stage[k] == stage:
+            if not np.isfinite(scores[row, m.column[k]]):
                 s.failed[slot] = 1
                 return
     count = position if stage else position - prompt_len
     # The prompt's crossings are reported with the first sample, which follows its last token.
     counts = (prompt_len - 1 if stage else position) >= s.count_from[slot]
-    for k in range(m.rule.shape[1]):
-        if m.rule[policy, k] < 0 or m.stage[policy, k] != stage:
+    for k in range(first, first + width):
+        if m.rule[k] < 0 or m.stage[k] != stage:
             continue
-        statistic, s.value[slot, k] = next_statistic(
-            m.kind[policy, k], m.size[policy, k], m.weight[policy, k], m.drift[policy, k], count,
-            s.value[slot, k], s.ring[slot, k], scores[row, m.column[policy, k]],
+        at = mine + k - first
+        statistic, s.value[at] = next_statistic(
+            m.kind[k], m.size[k], m.weight[k], m.drift[k], count, s.value[at],
+            s.ring[at * longest : (at + 1) * longest], scores[row, m.column[k]],
         )  # fmt: skip
         if np.isnan(statistic):  # finite scores so large that their differences are not
             s.failed[slot] = 1
-        if count + 1 < m.warmup[policy, k]:
+        if count + 1 < m.warmup[k]:
             continue
-        if statistic >= m.threshold[policy, k]:
-            if m.stop[policy, k]:
-                s.above[slot, k] = s.news[slot] = 1
-            elif not s.above[slot, k]:
-                s.above[slot, k] = 1
+        if statistic >= m.threshold[k]:
+            if m.stop[k]:
+                s.above[at] = s.news[slot] = 1
+            elif not s.above[at]:
+                s.above[at] = 1
                 if counts:
-                    s.pending[slot, k] = s.news[slot] = 1
-        elif statistic < np.float32(m.threshold[policy, k] - m.hysteresis[policy, k]):
-            if not m.stop[policy, k]:
-                s.above[slot, k] = 0
+                    s.pending[at] = s.news[slot] = 1
+        elif statistic < np.float32(m.threshold[k] - m.hysteresis[k]):
+            if not m.stop[k]:
+                s.above[at] = 0
+
+
+@borrowing
+def _count_row(call, policy, stage, scores, row):
+    """Count the scores of one position that the policy reads in this stage (1 output, 2 prompt)."""
+    m, s = _unpack_monitors(call[0]), _unpack_slots(call[1])
+    num_columns = s.sums.shape[0]
+    for column in range(num_columns):
+        if m.watched[policy * num_columns + column] & stage:
+            score = scores[row, column]
+            bucket = min(max(np.ceil(score) - LOWEST, 0), NUM_BUCKETS - 1)
+            s.counts[column * NUM_BUCKETS + np.int64(bucket)] += 1
+            s.sums[column] += score
 
 
 @compiled
-def read_scores(m, s, slots, starts, row_offsets, scores, failed):
+def read_scores(call, slots, starts, row_offsets, scores, num_output, commits, failed):
     """Take each slot's new scores into its monitors; see `probe.monitor.Monitor.feed`.
 
-    m, s         `Monitors`, `MonitorSlots`.
+    call         int64[2]: addresses of packed `Monitors` and `MonitorSlots`.
     slots        int64[n]; starts int64[n]: position of each slot's first row.
     row_offsets  int64[n + 1]: slot i owns scores[row_offsets[i]:row_offsets[i + 1]].
     scores       float32[num_rows, num_columns].
+    num_output   int64[n]: tokens of each text behind its prompt.
+    commits      bool[n]: the engine commits a token behind these scores: all of the text is to have
+                 been read by now, and the newest score is counted.
     failed       bool[n], out: whether the slot has failed, now or before.
     Returns whether slots and row_offsets are in range; nothing is read if not.
     """
+    m, s = _unpack_monitors(call[0]), _unpack_slots(call[1])
+    width = s.value.shape[0] // s.policy.shape[0]
     wrong = row_offsets[0] < 0 or row_offsets[slots.shape[0]] > scores.shape[0]
     for i in range(slots.shape[0]):
         wrong |= slots[i] < 0 or slots[i] >= s.policy.shape[0]
@@ -194,7 +237,7 @@ def read_scores(m, s, slots, starts, row_offsets, scores, failed):
         slot = slots[i]
         policy = s.policy[slot]
         failed[i] = False
-        if policy < 0 or m.rule[policy, 0] < 0:
+        if policy < 0 or m.rule[policy * width] < 0:
             continue
         begin, end = row_offsets[i], row_offsets[i + 1]
         if begin < end and starts[i] > s.expected[slot]:
@@ -202,7 +245,13 @@ def read_scores(m, s, slots, starts, row_offsets, scores, failed):
         for row in range(begin + max(0, s.expected[slot] - starts[i]), end):
             if s.failed[slot]:
                 break
-            _read_row(m, s, slot, starts[i] + row - begin, scores, row)
+            _read_row(call, slot, starts[i] + row - begin, scores, row)
             s.expected[slot] += np.int64(s.failed[slot] == 0)
         failed[i] = s.failed[slot] != 0
+        if commits[i] and not failed[i]:
+            # Else nothing would fire, and nobody would know.
+            failed[i] = s.expected[slot] < s.prompt_len[slot] + num_output[i]
+            if begin < end and not failed[i]:
+                # What a prompt's last token says is the newest of a text that has no output yet.
+                _count_row(call, policy, 1 if num_output[i] else 2, scores, end - 1)
     return True

@@ -173,7 +173,6 @@ def _shows(call, track, entry):
     """Whether the patterns of the state that a move leads to are a withheld match."""
     packed = call[0]
     t, s = unpack_tables(packed), unpack_reading(call[1])
-    k = track - call[LO]
     first_place = t.track_places[track]
     index = output_place(packed, track, np.int64(entry & STATE_MASK))
     while True:

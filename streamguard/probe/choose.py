@@ -25,6 +25,7 @@ AGGREGATIONS = (
     Aggregation("ema", weight=0.1),
     Aggregation("ema", weight=0.05),
     Aggregation("ema", weight=0.02),
+    Aggregation("cusum", drift=0.0),
     Aggregation("cusum", drift=0.5),
     Aggregation("cusum", drift=1.0),
 )

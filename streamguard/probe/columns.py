@@ -95,6 +95,17 @@ class ProbeTable:
             warmup, threshold, hysteresis, stage, stop, rank,
         )  # fmt: skip
 
+    @property
+    def watched(self) -> NDArray[np.int32]:
+        """Which columns a policy reads: 1 = in outputs, 2 = in prompts, 3 = in both.
+
+        int32[num_policies, num_columns].
+        """
+        found = np.zeros((len(self.rule), self.num_columns), np.int32)
+        for at in zip(*np.nonzero(self.rule >= 0), strict=True):
+            found[at[0], self.column[at]] |= 2 if self.stage[at] else 1
+        return found
+
     def uses(self, policy: int) -> bool:
         """Whether a policy has a probe rule."""
         return bool((self.rule[policy] >= 0).any())

@@ -18,6 +18,8 @@ from streamguard.probe.evaluate import Scored, evaluate
 from streamguard.probe.items import Item
 from streamguard.probe.pool import Index, Pool
 
+#: Beside the baselines: the mean of a text's scores, what they say of it once all of it was sent.
+MEAN_SCORE = "mean of all its scores"
 #: The rate at which the card's recall and localisation are stated.
 FPR = 0.05
 
@@ -45,7 +47,8 @@ def measure(
 
     scores   float32[num_rows, num_heads] of all texts of the pool.
     judged   texts as they came; spliced: texts that turn harmful at a known token.
-    items    of each text of the pool. train: what baselines are fitted on; none = no baselines.
+    items    of each text of the pool. train: what baselines are fitted on; none = only
+             the mean of the texts' own scores stands beside the figures.
 
     The threshold is that of the probe's calibration at an FPR of 5%, or, where too few benign texts
     support it, the lowest that they support.
@@ -65,7 +68,9 @@ def measure(
         length=np.array([pool.texts[i].length for i in judged], np.int64),
         text=[item.response for item in mine],
     )
-    baselines = _baselines(train, scored.text, step) if train else {}
+    baselines = {MEAN_SCORE: _means(flat, offsets)}
+    if train:
+        baselines |= _baselines(train, scored.text, step)
     threshold, fpr = _threshold(probe, head)
     with step("resampling figures", 1) as progress:
         told = 0.0
@@ -146,6 +151,15 @@ def _baselines(
         found = fitted.score(texts)
         progress(1)
     return found
+
+
+def _means(flat: NDArray[np.float32], offsets: Index) -> NDArray[np.float64]:
+    """Mean of each text's values, 0 of one without any: float64[num_texts]."""
+    ends = np.concatenate([[0.0], np.cumsum(flat, dtype=np.float64)])
+    means: NDArray[np.float64] = (ends[offsets[1:]] - ends[offsets[:-1]]) / np.maximum(
+        np.diff(offsets), 1
+    )
+    return means
 
 
 def _area(

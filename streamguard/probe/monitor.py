@@ -11,7 +11,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from streamguard.errors import ShapeError
 from streamguard.probe.columns import ProbeTable
-from streamguard_kernels.probe import Monitors, MonitorSlots, read_scores
+from streamguard_kernels.packing import address
+from streamguard_kernels.probe import (
+    NUM_BUCKETS,
+    Monitors,
+    MonitorSlots,
+    pack_monitors,
+    read_scores,
+)
 
 
 class Monitor:
@@ -25,7 +32,8 @@ class Monitor:
         if num_slots < 1:
             raise ShapeError(f"num_slots is {num_slots}; a monitor needs at least 1 slot.")
         self.table = table
-        self._m = Monitors(*(getattr(table, name) for name in Monitors._fields))
+        fields = {name: getattr(table, name) for name in Monitors._fields}
+        fields["stop"] = fields["stop"].astype(np.uint8)
         watched = table.rule.shape[1]
         self._s = MonitorSlots(
             policy=np.full(num_slots, -1, np.int64),
@@ -38,7 +46,13 @@ class Monitor:
             pending=np.zeros((num_slots, watched), np.uint8),
             failed=np.zeros(num_slots, np.uint8),
             news=np.zeros(num_slots, np.uint8),
+            counts=np.zeros((table.num_columns, NUM_BUCKETS), np.int64),
+            sums=np.zeros(table.num_columns),
         )
+        # Kept, because kernels have nothing but the addresses.
+        self._m = Monitors(**fields)
+        self._packed = pack_monitors(self._m, self._s)
+        self._call = np.array([address(packed) for packed in self._packed], np.int64)
         none = np.zeros(0, np.int64)  # compiles the kernel now, not at the first request
         self.feed(none, none, np.zeros(1, np.int64), np.zeros((0, table.num_columns), np.float32))
 
@@ -67,19 +81,40 @@ class Monitor:
         self._s.policy[slot] = -1
         self._s.failed[slot] = self._s.news[slot] = 0
 
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """How many scores fell into which bucket so far: int64[num_columns, NUM_BUCKETS]; ever growing."""
+        return self._s.counts
+
+    @property
+    def sums(self) -> NDArray[np.float64]:
+        """Sum of the scores counted: float64[num_columns]."""
+        return self._s.sums
+
     def feed(
-        self, slots: ArrayLike, starts: ArrayLike, row_offsets: ArrayLike, scores: ArrayLike
+        self,
+        slots: ArrayLike,
+        starts: ArrayLike,
+        row_offsets: ArrayLike,
+        scores: ArrayLike,
+        num_output: ArrayLike | None = None,
+        commits: ArrayLike | None = None,
     ) -> NDArray[np.bool_]:
         """Read the scores of one step; return which slots have failed: bool[n].
 
         slots        int[n]; starts int[n]: position in the text, prompt included and counted from
                      0, of each slot's first row.
         row_offsets  int[n + 1]: slot i owns scores[row_offsets[i]:row_offsets[i + 1]].
-        scores       float32[num_rows, num_columns], columns as `ProbeTable` has them.
+        scores       float32[>= num_rows, num_columns], columns as `ProbeTable` has them.
+        num_output   int[n]: tokens of each text behind its prompt; commits bool[n]: whether the
+                     engine will commit a sample of the row. Nothing is committed if None.
 
         A slot fails for good if a position is missing, or a score that its policy reads is NaN or
-        infinite: the caller applies `on_error`. Cost: some microseconds, and about 30 ns a row and
-        monitor. Raises ShapeError for shapes and slots that do not fit; nothing is read then.
+        infinite: the caller applies `on_error`. So does, this time, a row that commits while scores
+        of its text are unread: nothing would fire, and nobody would know. The newest scores of rows
+        that commit and have not failed are counted, by column. Cost: some microseconds, and about
+        30 ns a row and monitor. Raises ShapeError for shapes and slots that do not fit; nothing is
+        read then.
         """
         mine = np.ascontiguousarray(slots, np.int64)
         begins = np.ascontiguousarray(starts, np.int64)
@@ -88,14 +123,22 @@ class Monitor:
         if not rows.flags.writeable:
             rows = rows.copy()  # numba would compile the kernel anew for such arrays
         failed = np.zeros(len(mine), np.bool_)
-        fits = mine.shape == begins.shape == (len(offsets) - 1,) and offsets.ndim == 1
-        fits = fits and rows.shape[1:] == (self.table.num_columns,)
-        if not (fits and read_scores(self._m, self._s, mine, begins, offsets, rows, failed)):
+        if num_output is None or commits is None:
+            num_output, commits = np.zeros(len(mine), np.int64), failed
+        written = np.ascontiguousarray(num_output, np.int64)
+        valid = np.ascontiguousarray(commits, np.bool_)
+        fits = offsets.ndim == 1 and rows.shape[1:] == (self.table.num_columns,)
+        fits = fits and mine.shape == begins.shape == written.shape == valid.shape
+        fits = fits and mine.shape == (len(offsets) - 1,)
+        if not fits or not read_scores(
+            self._call, mine, begins, offsets, rows, written, valid, failed
+        ):
             raise ShapeError(
                 f"slots has shape {mine.shape}, starts {begins.shape}, row_offsets {offsets.shape} "
-                f"(up to {offsets.max(initial=0)}), scores {rows.shape}; needed: n slots below "
+                f"(up to {offsets.max(initial=0)}), scores {rows.shape}, num_output "
+                f"{written.shape}, commits {valid.shape}; needed: n slots below "
                 f"{len(self._s.policy)}, n starts, n + 1 ascending offsets into rows of "
-                f"{self.table.num_columns} columns."
+                f"{self.table.num_columns} columns, n of the others."
             )
         return failed
 
@@ -114,22 +157,13 @@ class Monitor:
         for row in rows.tolist():
             slot = int(mine[row])
             policy = s.policy[slot]
-            stop = self._m.stop[policy] & (s.above[slot] != 0)
+            stop = self.table.stop[policy] & (s.above[slot] != 0)
             whole = s.expected[slot] >= s.prompt_len[slot]
             observed = (s.pending[slot] != 0) & ((self._m.stage[policy] == 0) | whole)
             s.pending[slot, observed] = 0
             s.news[slot] = stop.any() or s.pending[slot].any()
             found += [(row, rule) for rule in self._m.rule[policy, stop | observed].tolist()]
         return found
-
-    def behind(self, slots: NDArray[np.int64], num_output: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Whether a slot's policy has probe rules and scores of its text are still to be read: bool[n].
-
-        num_output  int64[n]: tokens of each text behind its prompt.
-        """
-        s = self._s
-        unread: NDArray[np.bool_] = s.expected[slots] < s.prompt_len[slots] + num_output
-        return self.watches(slots) & unread
 
     def watches(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether a slot's policy has probe rules: bool[n]."""

@@ -30,7 +30,8 @@ _CAPTIONS = {
     "scores": "The running statistic, token by token. Lines are means, bands a standard deviation; "
     "positions that fewer than five texts reach are left out.",
     "timeliness": "How much had been sent when harmful texts were halted. The curves end at recall.",
-    "baselines": "The probe beside what needs no model, on the same texts.",
+    "baselines": "The peak of the running statistic, which halts, beside the mean of the same scores, "
+    "which is known when all was sent, and beside what needs no model, on the same texts.",
     "layers": "AUROC of probes on each layer, on the calibration split; marked: the highest.",
 }
 _VIEW_TITLES = dict(zip(VIEWS, ("With refusals", "Without refusals"), strict=True))

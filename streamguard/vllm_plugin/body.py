@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from streamguard.errors import AttestationError
 from streamguard.row_guard import RowGuard
 from streamguard.verdict import FAILED
 from streamguard.vllm_plugin import beside
-from streamguard.vllm_plugin.probes import Probing, ScoreCounter
+from streamguard.vllm_plugin.probes import Probing
 from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
 
 logger = logging.getLogger("vllm.streamguard")
+Numbers = NDArray[np.int64]
 
 
 class Attached:
@@ -88,75 +90,73 @@ class Body(Attached):
         except Exception:
             self._fail(slots)
 
-    def mask(self, logits: torch.Tensor, slot_of_row: dict[int, int]) -> None:
-        """Make tokens that would complete a mask rule impossible, on a tensor of any device."""
-        rows, slots = list(slot_of_row), list(slot_of_row.values())
-        if not self.guard.session.needs_mask(slots).any():
+    def mask(self, logits: torch.Tensor, rows: Numbers, slots: Numbers) -> None:
+        """Make tokens that would complete a mask rule impossible, on a tensor of any device.
+
+        rows, slots  int64[n]: of the guarded rows, here and below.
+        """
+        if not self.guard.masks or not self.guard.session.needs_mask(slots).any():
             return
         try:
             with self.metrics.timed("mask"):
                 self._mask(logits, rows, slots)
         except Exception:
-            self._fail(slots)
+            self._fail(slots.tolist())
 
-    def _mask(self, logits: torch.Tensor, rows: list[int], slots: list[int]) -> None:
+    def _mask(self, logits: torch.Tensor, rows: Numbers, slots: Numbers) -> None:
         if logits.device.type == "cpu" and logits.dtype == torch.float32:
             self.guard.mask(logits.numpy(), rows, slots)
             return
         scratch = np.zeros((len(rows), logits.shape[1]), np.float32)
-        self.guard.mask(scratch, list(range(len(rows))), slots)
-        index = torch.tensor(rows, device=logits.device)
+        self.guard.mask(scratch, np.arange(len(rows)), slots)
+        index = torch.from_numpy(rows).to(logits.device)
         logits[index] += torch.from_numpy(scratch).to(logits.device, logits.dtype)
 
     def watch(self, probing: Probing) -> None:
         super().watch(probing)
-        self.scores = ScoreCounter(probing, self.metrics)
+        monitor = self.guard.probe
+        assert monitor is not None
+        counts, sums = np.zeros_like(monitor.counts), np.zeros_like(monitor.sums)
+
+        def publish() -> None:
+            nonlocal counts, sums
+            counts_now, sums_now = monitor.counts.copy(), monitor.sums.copy()
+            self.metrics.scores(counts_now - counts, sums_now - sums)
+            counts, sums = counts_now, sums_now
+
+        self.metrics.also_publish(publish)
 
     def read_scores(
         self,
-        slots: list[int],
+        slots: Numbers,
         starts: Any,
         row_offsets: Any,
-        committed: list[bool],
+        commits: NDArray[np.bool_],
         request_id: dict[int, str],
     ) -> None:
         """Take in what the tap wrote in this step's forward pass, of all of its rows.
 
-        slots        per request of the batch; committed: whether the engine will commit its sample.
+        slots        int64[n], of every row of the batch; commits bool[n]: whether the engine will
+                     commit its sample.
         starts       int[n]: place in the text of each one's first row; row_offsets int[n + 1].
         request_id   by slot, where verdicts are kept beside.
         """
         probing = self.probing
-        mine = np.array(slots, np.int64)
-        watched = self.guard.watches(mine)
-        if probing is None or not watched.any():
+        if probing is None:
             return
         try:
             with self.metrics.timed("probe"):
-                if not probing.ran():
-                    failed = watched
-                    why = "the tap did not run exactly once in this step"
-                else:
-                    offsets = np.array(row_offsets[: len(mine) + 1], np.int64)
-                    scores = probing.tap.scores[: offsets[-1]].cpu().numpy()
-                    failed = self.guard.feed_scores(mine, starts, offsets, scores)
-                    valid = np.array(committed, bool)
-                    failed |= self.guard.unread(mine) & valid
+                if probing.ran():
+                    scores = probing.scores(row_offsets[-1])
+                    failed = self.guard.feed_scores(slots, starts, row_offsets, scores, commits)
                     why = "scores of a text are missing, NaN or infinite"
-                    self._count_scores(mine, watched & valid & ~failed, offsets, scores)
+                else:
+                    failed = self.guard.watches(slots)
+                    why = "the tap did not run exactly once in this step"
             if failed.any():
-                self._fail_probes(mine[failed].tolist(), why, request_id)
+                self._fail_probes(slots[failed].tolist(), why, request_id)
         except Exception:
-            self._fail(slots)
-
-    def _count_scores(self, slots: Any, counted: Any, row_offsets: Any, scores: Any) -> None:
-        """Count the newest scores of the texts that are `counted` (bool[n]) for the metrics."""
-        newest, mine = row_offsets[1:] - 1, slots
-        if not counted.all():
-            newest, mine = newest[counted], mine[counted]
-        # What a prompt's last token says is the newest of a text that has no output yet.
-        in_prompt = self.guard.num_committed(mine) == 0
-        self.scores.add(scores[newest], self.guard.policy_numbers(mine), in_prompt)
+            self._fail(slots.tolist())
 
     def _fail_probes(self, slots: list[int], why: str, request_id: dict[int, str]) -> None:
         """End responses of which nothing is known, or let their patterns go on alone, by policy."""
@@ -177,36 +177,36 @@ class Body(Attached):
         self,
         sampled: torch.Tensor,
         logits: torch.Tensor,
-        slot_of_row: dict[int, int],
-        valid: dict[int, bool],
+        rows: Numbers,
+        slots: Numbers,
+        commits: NDArray[np.bool_],
         request_id: dict[int, str],
     ) -> None:
         """Turn samples that would complete a match into verdicts, in place.
 
-        sampled  int[num_rows]; logits as the sampler left them. slot_of_row: guarded rows only.
-        valid    whether the engine will commit the row's sample; request_id by slot.
+        sampled  int[num_rows]; logits as the sampler left them.
+        commits  bool[n]: whether the engine will commit the row's sample; request_id by slot.
         """
-        rows = list(slot_of_row)
-        slots = list(slot_of_row.values())
-        chosen = sampled.cpu().numpy().astype(np.int64)
-        mine = chosen[rows]
+        chosen = sampled.cpu().numpy()
+        mine = chosen[rows].astype(np.int64, copy=False)
+        before = mine.copy()
         try:
             fired = self.guard.decide(slots, mine, self._empty_rows(logits, rows, slots, mine))
         except Exception:
-            self._fail(slots)
+            self._fail(slots.tolist())
             fired = self.guard.decide(slots, mine)  # failed slots only run their script
         for entry in fired:
-            if not valid[rows[entry.row]]:
+            if not commits[entry.row]:
                 continue
             self.metrics.verdict(self.context.labels(entry.rule))
-            slot = slots[entry.row]
+            slot = int(slots[entry.row])
             stops = self.context.codes.scripts[entry.rule]
             if self.context.codes.kept_beside and stops:
                 beside.write(request_id[slot], entry.rule, self.guard.committed(slot))
-        self.metrics.tokens(sum(valid[r] for r in rows))
-        if (mine != chosen[rows]).any():
-            chosen[rows] = mine
-            sampled.copy_(torch.from_numpy(chosen).to(sampled.device, sampled.dtype))
+        self.metrics.tokens(int(np.count_nonzero(commits)))
+        if (mine != before).any():
+            changed = torch.from_numpy(mine).to(sampled.device, sampled.dtype)
+            sampled[torch.from_numpy(rows).to(sampled.device)] = changed
 
     def _fail(self, slots: Iterable[int]) -> None:
         """Give up on slots after an error: end the response, or go on unguarded, by policy."""
@@ -231,14 +231,14 @@ class Body(Attached):
                 self.guard.resume_verdict(slot, rule, self.guard.committed(slot) - began)
 
     def scrub(
-        self, token_ids: torch.Tensor, logprobs: torch.Tensor, slot_of_row: dict[int, int]
+        self, token_ids: torch.Tensor, logprobs: torch.Tensor, rows: Numbers, slots: Numbers
     ) -> None:
         """Hide alternatives that would complete a match behind the sampled token's own entry.
 
         token_ids, logprobs  [num_rows, 1 + num_logprobs], in/out; column 0 is the sampled token.
         """
         last_id = len(self.guard.program.vocabulary) - 1
-        for row, slot in slot_of_row.items():
+        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
             if self.guard.running_verdict(slot) is not None:
                 continue
             ids = token_ids[row].cpu().numpy().astype(np.int64)
@@ -250,12 +250,15 @@ class Body(Attached):
                 logprobs[row, where] = logprobs[row, 0].clone()
 
     def _empty_rows(
-        self, logits: torch.Tensor, rows: list[int], slots: list[int], sampled: np.ndarray
-    ) -> np.ndarray | None:
+        self, logits: torch.Tensor, rows: Numbers, slots: Numbers, sampled: Numbers
+    ) -> NDArray[np.bool_] | None:
         """Rows in which nothing was possible: a sampler returns a token of logit -inf there."""
+        if not self.guard.masks:
+            return None
         masked = self.guard.session.needs_mask(slots)
         if not masked.any():
             return None
-        index = torch.tensor(rows, device=logits.device)
+        index = torch.from_numpy(rows).to(logits.device)
         values = logits[index, torch.from_numpy(sampled).to(logits.device)].cpu()
-        return ~torch.isfinite(values).numpy() & masked
+        empty: NDArray[np.bool_] = ~torch.isfinite(values).numpy() & masked
+        return empty

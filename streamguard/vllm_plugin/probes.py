@@ -6,25 +6,19 @@ traced, compiled or captured later. From then on the weights may not change.
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from streamguard.errors import AttestationError
-from streamguard.metrics import SCORE_BOUNDS
 from streamguard.probe.columns import ProbeTable
 from streamguard.vllm_plugin import settings
 from streamguard.vllm_plugin.settings import Context
 from streamguard.vllm_plugin.tap import Tap
 
-if TYPE_CHECKING:
-    from streamguard.metrics import WorkerMetrics
-
-_PUBLISH_EVERY_S = 0.25
 #: Methods with which weights or adapters change under a running engine, of workers and of runners.
 _CHANGES = (
     "reload_weights",
@@ -40,20 +34,13 @@ _CHANGES = (
 class Probing:
     """A tap that writes the scores of all probes, and a count of its work in the step under way.
 
-    table    columns of the scores. tap.scores float32[max_rows, num_columns] on the device.
-    watched  int32[num_policies, num_columns]: 1 = the policy reads the column in outputs, 2 = in
-             prompts, 3 = in both.
+    table  columns of the scores. tap.scores float32[max_rows, num_columns] on the device.
     """
 
     def __init__(self, worker: Any, context: Context) -> None:
         """Install the tap in a worker's model. Raises ProbeError for a structure not understood."""
         config = worker.vllm_config
         self.table = ProbeTable.from_table(context.table)
-        table = self.table
-        self.watched = np.zeros((len(table.rule), table.num_columns), np.int32)
-        for policy, monitor in zip(*np.nonzero(table.rule >= 0), strict=True):
-            stage = 2 if table.stage[policy, monitor] else 1
-            self.watched[policy, table.column[policy, monitor]] |= stage
         self.tap = Tap(
             worker.model_runner.get_model(),
             config.model_config.hf_text_config.num_hidden_layers,
@@ -66,9 +53,13 @@ class Probing:
                 for probe in self.table.probes
             ]
         )
-
         self._least = torch.zeros(1, dtype=torch.int64, device=worker.device)
         self.last = torch.zeros(1, dtype=torch.int64, device=worker.device)
+        # On the host the same memory as arrays: each torch operation costs some 20 µs in a step.
+        on_host = self.tap.steps.device.type == "cpu"
+        self._steps = self.tap.steps.numpy() if on_host else None
+        self._last = self.last.numpy() if on_host else None
+        self._scores = self.tap.scores.numpy() if on_host else None
 
     def begin(self) -> None:
         """Before a forward pass: no op has run yet.
@@ -76,7 +67,11 @@ class Probing:
         From zero in each step: a pass without requests (data parallelism) must not stand in for one
         in which the op is missing, and a second pass would have overwritten the scores.
         """
-        torch._foreach_zero_([self.tap.steps, self.last])
+        if self._steps is None or self._last is None:
+            torch._foreach_zero_([self.tap.steps, self.last])
+        else:
+            self._steps.fill(0)
+            self._last.fill(0)
 
     def counter(self) -> torch.Tensor:
         """int64[1] on the device: how often the op ran that ran least in this forward pass."""
@@ -87,56 +82,15 @@ class Probing:
 
     def ran(self) -> bool:
         """Whether every op ran exactly once since the forward pass began. Waits for the device."""
-        return bool((self.tap.steps == 1).all())
+        steps = self.tap.steps if self._steps is None else self._steps
+        return all(count == 1 for count in steps.tolist())
 
-
-class ScoreCounter:
-    """Counts scores by column and bucket on the host, and hands them to the metrics now and then.
-
-    Here and not in the metrics: a step has too many scores to be written to shared memory each.
-    """
-
-    def __init__(self, probing: Probing, metrics: WorkerMetrics) -> None:
-        self._watched = probing.watched
-        self._metrics = metrics
-        self._lock = threading.Lock()
-        self._counts, self._sums = self._nothing()
-        self._stepped = threading.Event()
-        threading.Thread(target=self._publish_forever, daemon=True).start()
-
-    def add(self, scores: Any, policies: Any, in_prompt: Any) -> None:
-        """scores float32[n, num_columns]; policies int[n]; in_prompt bool[n]: whose tokens these are."""
-        stage = np.where(in_prompt, 2, 1)[:, None]
-        rows, columns = np.nonzero(self._watched[policies] & stage)
-        if not len(rows):
-            return
-        values = scores[rows, columns]
-        bucket = np.searchsorted(SCORE_BOUNDS, values)  # the first bound that is not below
-        num_columns, num_buckets = self._counts.shape
-        counts = np.bincount(columns * num_buckets + bucket, minlength=self._counts.size)
-        sums = np.bincount(columns, values, num_columns)
-        with self._lock:
-            self._counts += counts.reshape(self._counts.shape)
-            self._sums += sums
-        self._stepped.set()
-
-    def publish(self) -> None:
-        """Hand over what was counted since the last time."""
-        with self._lock:
-            counts, sums = self._counts, self._sums
-            self._counts, self._sums = self._nothing()
-        self._metrics.scores(counts, sums)
-
-    def _nothing(self) -> tuple[Any, Any]:
-        columns = self._watched.shape[1]
-        return np.zeros((columns, len(SCORE_BOUNDS) + 1), np.int64), np.zeros(columns)
-
-    def _publish_forever(self) -> None:
-        while True:
-            self._stepped.wait()
-            self._stepped.clear()
-            time.sleep(_PUBLISH_EVERY_S)
-            self.publish()
+    def scores(self, num_rows: int) -> NDArray[np.float32]:
+        """What the ops wrote of this step's rows: float32[>= num_rows, num_columns] on the host."""
+        if self._scores is not None:
+            return self._scores
+        found: NDArray[np.float32] = self.tap.scores[:num_rows].cpu().numpy()
+        return found
 
 
 def install(worker: Any, context: Context) -> Probing | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from vllm.v1.sample.sampler import Sampler
 
-from streamguard.vllm_plugin.body import Body
+from streamguard.vllm_plugin.body import Body, Numbers
 from streamguard.vllm_plugin.settings import Context
 
 if TYPE_CHECKING:
@@ -21,6 +22,14 @@ class _Row:
 
     slot: int
     output: list[int]
+
+
+class _Arranged(NamedTuple):
+    """The guarded rows in their order: their numbers and slots, int64[n], and themselves."""
+
+    rows: Numbers
+    slots: Numbers
+    entries: list[_Row]
 
 
 class GuardedSampler(Sampler):
@@ -59,6 +68,7 @@ class V1Body(Body):
         num_slots = 2 * vllm_config.scheduler_config.max_num_seqs
         super().__init__(context, vllm_config, num_slots)
         self._rows: dict[int, _Row] = {}
+        self._arranged = _Arranged(np.zeros(0, np.int64), np.zeros(0, np.int64), [])
         self._free = list(range(num_slots))
 
     def update_state(self, update: BatchUpdate | None) -> None:
@@ -81,54 +91,63 @@ class V1Body(Body):
                 self._free_slot(b)
             if a is not None:
                 self._rows[second] = a
+        ordered = dict(sorted(self._rows.items()))
+        self._arranged = _Arranged(
+            np.array(list(ordered), np.int64),
+            np.array([row.slot for row in ordered.values()], np.int64),
+            list(ordered.values()),
+        )
 
     def apply(self, logits: torch.Tensor, _ctx: Any = None) -> None:
         """Commit what the engine committed since the last step, then mask."""
         with self.metrics.timed("commit"):
             slots: list[int] = []
             tokens: list[int] = []
-            for row in self._rows.values():
-                new = row.output[self.guard.committed(row.slot) :]
+            committed = self.guard.num_committed(self._arranged.slots).tolist()
+            for row, known in zip(self._arranged.entries, committed, strict=True):
+                new = row.output[known:]
                 slots += [row.slot] * len(new)
                 tokens += new
             self.commit(slots, tokens)
             if self.context.codes.kept_beside:
                 self.restore(self._request_ids())
-        self.mask(logits, self._slot_of_row(len(logits)))
+        self.mask(logits, *self._within(len(logits)))
 
     def after_sample(self, sampled: torch.Tensor, logits: torch.Tensor) -> None:
         """Turn samples that would complete a match into verdicts, in place."""
-        slot_of_row = self._slot_of_row(len(sampled))
-        if slot_of_row:
-            discarded = self.runner.discard_request_mask.np
-            valid = {row: not discarded[row] for row in slot_of_row}
+        rows, slots = self._within(len(sampled))
+        if len(rows):
+            commits = ~self.runner.discard_request_mask.np[rows]
             if self.probing is not None:
-                self._read_scores(slot_of_row, valid)
+                self._read_scores(rows, slots, commits)
             with self.metrics.timed("decide"):
-                self.decide(sampled, logits, slot_of_row, valid, self._request_ids())
+                self.decide(sampled, logits, rows, slots, commits, self._request_ids())
 
-    def _read_scores(self, slot_of_row: dict[int, int], valid: dict[int, bool]) -> None:
+    def _read_scores(self, rows: Numbers, slots: Numbers, commits: Any) -> None:
         """Rows of chunks whose sample is thrown away were computed, too, and never will be again."""
-        rows = sorted(slot_of_row)
-        if rows != list(range(len(rows))):
-            slots = [slot_of_row[row] for row in rows]
-            self._fail_probes(slots, "rows of the batch are unknown", self._request_ids())
+        num = len(rows)
+        if rows[-1] != num - 1:  # rows are ascending
+            self._fail_probes(slots.tolist(), "rows of the batch are unknown", self._request_ids())
             return
         self.read_scores(
-            [slot_of_row[row] for row in rows],
-            self.runner.input_batch.num_computed_tokens_cpu[: len(rows)],
-            self.runner.query_start_loc.np[: len(rows) + 1],
-            [valid[row] for row in rows],
+            slots,
+            self.runner.input_batch.num_computed_tokens_cpu[:num],
+            self.runner.query_start_loc.np[: num + 1],
+            commits,
             self._request_ids(),
         )
 
     def scrub_alternatives(self, tensors: Any) -> None:
         """Scrub the logprobs of the rows that were sampled last."""
-        slot_of_row = self._slot_of_row(len(tensors.logprobs))
-        self.scrub(tensors.logprob_token_ids, tensors.logprobs, slot_of_row)
+        rows, slots = self._within(len(tensors.logprobs))
+        self.scrub(tensors.logprob_token_ids, tensors.logprobs, rows, slots)
 
-    def _slot_of_row(self, num_rows: int) -> dict[int, int]:
-        return {i: row.slot for i, row in self._rows.items() if i < num_rows}
+    def _within(self, num_rows: int) -> tuple[Numbers, Numbers]:
+        """The guarded rows of the batch and their slots, as far as a tensor has them."""
+        rows, slots, _ = self._arranged
+        if len(rows) and rows[-1] >= num_rows:
+            return rows[rows < num_rows], slots[rows < num_rows]
+        return rows, slots
 
     def _request_ids(self) -> dict[int, str]:
         if not self.context.codes.kept_beside:

@@ -84,7 +84,7 @@ class _DeviceProbes:
         self._slots = device_probe.new_probe_slots(
             num_slots, table.rule.shape[1], int(table.size.max()), device
         )
-        watched = torch.from_numpy(probing.watched)
+        watched = torch.from_numpy(table.watched)
         self.counts = device_scores.new_score_counts(watched, num_slots, device)
 
     def enter(self, index: torch.Tensor, prompt_len: torch.Tensor, read_from: torch.Tensor) -> None:

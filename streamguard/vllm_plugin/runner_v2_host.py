@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 
 from streamguard.compiler.rules import MASK
-from streamguard.vllm_plugin.body import Body
+from streamguard.vllm_plugin.body import Body, Numbers
 from streamguard.vllm_plugin.settings import KEY, Context
 
 
@@ -25,7 +26,7 @@ class GuardedSampler(Sampler):
         self.streamguard_body.input_batch = input_batch
         output = super().__call__(logits, input_batch)
         if output.logprobs_tensors is not None:
-            slots = input_batch.idx_mapping_np.tolist()
+            slots = input_batch.idx_mapping_np
             self.streamguard_body.scrub_alternatives(output.logprobs_tensors, slots)
         return output
 
@@ -36,7 +37,7 @@ class GuardedSampler(Sampler):
         sampled, processed = super().sample(
             logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *args, **kwargs
         )
-        self.streamguard_body.after_sample(sampled, processed, idx_mapping_np.tolist(), pos)
+        self.streamguard_body.after_sample(sampled, processed, idx_mapping_np, pos)
         return sampled, processed
 
 
@@ -68,36 +69,45 @@ class V2HostBody(Body):
 
     def apply(self, logits: torch.Tensor, ctx: Any) -> None:
         """Commit, then mask."""
-        slots = ctx.idx_mapping_np.tolist()
-        self._commit(slots)
-        self.mask(logits, self._slot_of_row(slots))
+        self._commit(ctx.idx_mapping_np.tolist())
+        self.mask(logits, *self._guarded_rows(ctx.idx_mapping_np))
 
     def after_sample(
-        self, sampled: torch.Tensor, logits: torch.Tensor, slots: list[int], pos: torch.Tensor
+        self, sampled: torch.Tensor, logits: torch.Tensor, idx_mapping: Any, pos: torch.Tensor
     ) -> None:
         """Turn samples that would complete a match into verdicts, in place."""
-        self._commit(slots)
-        slot_of_row = self._slot_of_row(slots)
-        if slot_of_row:
-            total = self._requests.total_len.gpu.cpu().numpy()
-            at = pos.cpu().numpy()
-            valid = {r: bool(at[r] + 1 >= total[slot]) for r, slot in slot_of_row.items()}
-            if self.probing is not None:
-                batch = self.input_batch
-                self.read_scores(
-                    slots, batch.num_computed_tokens_np[: len(slots)],
-                    batch.query_start_loc_np[: len(slots) + 1],
-                    [valid.get(row, False) for row in range(len(slots))], self._request_ids(slots),
-                )  # fmt: skip
-            with self.metrics.timed("decide"):
-                self.decide(sampled, logits, slot_of_row, valid, self._request_ids(slots))
+        every: list[int] = idx_mapping.tolist()
+        self._commit(every)
+        rows, slots = self._guarded_rows(idx_mapping)
+        if not len(rows):
+            return
+        total = self._requests.total_len.gpu.cpu().numpy()
+        commits = pos.cpu().numpy() + 1 >= total[every]
+        guarded = np.zeros(len(every), bool)
+        guarded[rows] = True
+        request_ids = self._request_ids(every)
+        if self.probing is not None:
+            batch = self.input_batch
+            self.read_scores(
+                idx_mapping.astype(np.int64),
+                batch.num_computed_tokens_np[: len(every)],
+                batch.query_start_loc_np[: len(every) + 1],
+                commits & guarded,
+                request_ids,
+            )
+        with self.metrics.timed("decide"):
+            self.decide(sampled, logits, rows, slots, commits[rows], request_ids)
 
-    def scrub_alternatives(self, tensors: Any, slots: list[int]) -> None:
+    def scrub_alternatives(self, tensors: Any, idx_mapping: Any) -> None:
         """Scrub the logprobs of the rows that were sampled last."""
-        self.scrub(tensors.logprob_token_ids, tensors.logprobs, self._slot_of_row(slots))
+        rows, slots = self._guarded_rows(idx_mapping)
+        self.scrub(tensors.logprob_token_ids, tensors.logprobs, rows, slots)
 
-    def _slot_of_row(self, slots: list[int]) -> dict[int, int]:
-        return {row: slot for row, slot in enumerate(slots) if slot in self._guarded}
+    def _guarded_rows(self, idx_mapping: Any) -> tuple[Numbers, Numbers]:
+        """Numbers and slots of the batch's rows that are guarded."""
+        slots = idx_mapping.astype(np.int64)
+        rows = np.flatnonzero([slot in self._guarded for slot in slots.tolist()])
+        return rows, slots[rows]
 
     def _request_ids(self, slots: list[int]) -> dict[int, str]:
         if not self.context.codes.kept_beside:

@@ -16,6 +16,7 @@ from streamguard.compiler.program import compile_program
 from streamguard.compiler.rules import OBSERVE, RuleTable
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import ProbeError, ShapeError
+from streamguard.metrics import SCORE_BOUNDS
 from streamguard.policy import Policy, PolicySet
 from streamguard.probe.aggregation import Aggregation
 from streamguard.probe.artifact import Probe
@@ -199,9 +200,9 @@ def row_guard(folder: Path, *rules: dict[str, Any], probe: Probe | None = None) 
     return RowGuard(program, codes, 3)
 
 
-def feed(guard: RowGuard, slot: int, start: int, *scores: float) -> bool:
+def feed(guard: RowGuard, slot: int, start: int, *scores: float, commits: bool = False) -> bool:
     rows = np.array(scores, np.float32)[:, None]
-    return bool(guard.feed_scores([slot], [start], [0, len(rows)], rows)[0])
+    return bool(guard.feed_scores([slot], [start], [0, len(rows)], rows, [commits])[0])
 
 
 def decide(guard: RowGuard, slot: int, token: int = X) -> tuple[int, list[str]]:
@@ -290,13 +291,12 @@ def test_an_observe_rule_counts_each_crossing_once_also_after_a_resume(tmp_path:
     guard.commit([1] * 6, [X] * 6)
     assert not feed(guard, 1, 0, *scores[:3])
     assert decide(guard, 1) == (X, [])  # its sample is discarded
-    assert guard.unread([1]).tolist() == [True]
-    assert not feed(guard, 1, 3, *scores[3:7])
-    assert guard.unread([1]).tolist() == [False]
+    assert feed(guard, 1, 3, commits=True)  # a sample must not be committed before all is read
+    assert not feed(guard, 1, 3, *scores[3:7], commits=True)
     assert decide(guard, 1) == (X, [])
     guard.commit([1], [X])
-    assert guard.unread([1]).tolist() == [True]
-    assert not feed(guard, 1, 7, scores[7])
+    assert feed(guard, 1, 7, commits=True)
+    assert not feed(guard, 1, 7, scores[7], commits=True)
     assert decide(guard, 1) == (X, ["score"])
 
 
@@ -343,11 +343,27 @@ def test_prompt_rules_count_with_the_first_sample_and_need_the_whole_prompt(tmp_
     assert decide(guard, 0) == (X, [])  # not read to its end
 
 
+def test_newest_scores_of_rows_that_commit_are_counted_by_column(tmp_path: Path) -> None:
+    save_probe(tmp_path)
+    guard = row_guard(tmp_path, {**SCORE, "action": "observe"})
+    assert guard.probe is not None
+    guard.admit(0, (X, X), policy="default", max_tokens=9)
+    assert not feed(guard, 0, 0, 5.0, 5.0, commits=True)  # the prompt's: no rule reads it
+    newest = [-1e30, -8.0, -7.5, 0.0, 0.25, 8.0, 1e30]
+    for position, score in enumerate(newest, 2):
+        guard.commit([0], [X])
+        assert not feed(guard, 0, position, score, commits=position % 2 == 0)
+    counted = newest[::2]
+    bounds = np.array(SCORE_BOUNDS)
+    expected = np.bincount(np.searchsorted(bounds, counted), minlength=len(bounds) + 1)
+    assert guard.probe.counts.tolist() == [expected.tolist()]
+    assert guard.probe.sums.tolist() == [pytest.approx(sum(counted))]
+
+
 def test_policies_without_probes_have_no_monitor(tmp_path: Path) -> None:
     guard = row_guard(tmp_path, {**WORD, "action": "halt"})
     assert guard.probe is None
     assert guard.feed_scores([0, 1], [0, 0], [0, 1, 2], np.zeros((2, 0))).tolist() == [False] * 2
-    assert guard.unread([0]).tolist() == [False]
 
 
 def test_made_up_probes_have_the_shape_that_they_were_asked_for() -> None:
