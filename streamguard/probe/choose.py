@@ -51,8 +51,13 @@ class Choice:
 
     @property
     def value(self) -> float:
-        """What is maximised: telling texts apart counts as much as doing so early enough."""
-        return self.auroc + (self.recall + self.in_time) / 2
+        """What is maximised: the sum of the figures' log-odds.
+
+        To halve the errors of one counts as much as to halve another's, so a point of AUROC near 1
+        is worth many of recall at a half.
+        """
+        figures = np.clip([self.auroc, self.recall, self.in_time], 0.01, 0.99)
+        return float(np.log(figures / (1 - figures)).sum())
 
     def as_json(self) -> dict[str, Any]:
         """For the card."""

@@ -90,7 +90,8 @@ class LinearProbe:
             window  means over `window` tokens have it, weighed by their softmax: the most telling
                     stretch of a harmful text counts, and the most alarming one of a benign text
                     (Constitutional Classifiers++, arXiv 2601.04603)
-    l2      weight of the squared coefficients of standardised features.
+    l2      weight of the squared coefficients of standardised features. Large, since what counts is
+            sources that were not fitted on: their mean AUROC rose up to here, each left out in turn.
 
     After `fit`: coef_ float32[hidden_size, num_heads] and intercept_ float32[num_heads], for
     features as they are.
@@ -100,7 +101,7 @@ class LinearProbe:
         self,
         loss: str = "token",
         *,
-        l2: float = 1e-3,
+        l2: float = 0.05,
         window: int = 16,
         epochs: int = 6,
         rate: float = 2e-3,
