@@ -30,7 +30,7 @@ CUDA = ["vllm>=0.31"]
 DEMO = ["gguf>=0.17", "accelerate>=1.0", "openai>=2.0"]
 BENCH = ["pytest-benchmark>=5.1", "pyahocorasick>=2.1", "hyperscan>=0.7", "matplotlib>=3.9"]
 # What fitting and evaluating a probe need; serving one needs none of it.
-PROBE = ["scikit-learn>=1.5", "matplotlib>=3.9"]
+PROBE = ["scikit-learn>=1.5", "matplotlib>=3.9", "pyarrow>=18"]
 DEV = [
     "pytest>=8.3",
     "pytest-benchmark>=5.1",

@@ -190,7 +190,7 @@ def _parquet_rows(path: Path) -> Iterator[Row | Broken]:
     except ImportError:
         raise ProbeError(
             f"{path}: reading Parquet needs pyarrow, which is not installed. Install it "
-            f"(pip install pyarrow) or convert the file to .jsonl."
+            f"(pip install 'vllm-streamguard[probe]') or convert the file to .jsonl."
         ) from None
     try:
         file = parquet.ParquetFile(path)

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from streamguard.errors import ProbeError
@@ -80,11 +82,9 @@ def test_every_kind_of_file_gives_the_same_items(tmp_path: Path) -> None:
         assert data.files[0].role == "calibration"
 
 
-def test_parquet_gives_the_same_items_where_pyarrow_is_installed(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+def test_parquet_gives_the_same_items(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     assert [item.label for item in read([path]).items] == [0, 1]
 
 
@@ -95,7 +95,9 @@ def test_parquet_without_pyarrow_says_what_to_install(
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1")
-    with pytest.raises(ProbeError, match=r"needs pyarrow, .*pip install pyarrow"):
+    with pytest.raises(
+        ProbeError, match=r"needs pyarrow, .*pip install 'vllm-streamguard\[probe\]'"
+    ):
         read([path])
 
 
