@@ -241,7 +241,9 @@ def eval_command(
 
         from streamguard.probe.report import figures_table
 
-        Console(highlight=False).print(figures_table(measured.results))
+        # A file or a pipe has no width; what is there is for somebody to look at later.
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+        console.print(figures_table(measured.results, narrow=console.width < 130))
         print(_localisation(measured.results))
         if differences is not None:
             print("the card's figures are reproduced" if not differences else "NOT reproduced:")

@@ -64,8 +64,11 @@ def write_report(
     return [page, *pictures.values()]
 
 
-def figures_table(results: Mapping[str, Any]) -> Table:
-    """The figures of `evaluate` for a terminal: a row for each source, macro and pooled."""
+def figures_table(results: Mapping[str, Any], *, narrow: bool = False) -> Table:
+    """The figures of `evaluate` for a terminal: a row for each source, macro and pooled.
+
+    narrow  fewer columns, for 80 characters; else it takes about 130.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -76,16 +79,18 @@ def figures_table(results: Mapping[str, Any]) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    for name in _HEADINGS:
+    shown = [i for i, name in enumerate(_HEADINGS) if not narrow or name in _NARROW]
+    for name in (_HEADINGS[i] for i in shown):
         table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
     table.columns[0].no_wrap = table.columns[2].no_wrap = True  # names; AUROC with its interval
     for view in VIEWS:
         table.add_section()
         table.add_row(Text(_VIEW_TITLES[view], style="bold"))
         for name, group in _groups(results[view]):
-            cells = _cells(group, intervals=False)
-            bold = "bold" if name in ("macro", "pooled") else ""
-            table.add_row(Text(name, style=bold), *map(Text, cells))
+            cells = [name, *_cells(group, intervals=False)]
+            style = "bold" if name in ("macro", "pooled") else ""
+            first, *rest = (cells[i] for i in shown)
+            table.add_row(Text(first, style=style), *map(Text, rest))
         for name, baseline in results[view]["macro"]["baselines"].items():
             cells = ["", _short(baseline["auroc"], interval=True)]
             table.add_row(Text(f"macro, {name}", style="dim"), *map(Text, cells))
@@ -103,6 +108,9 @@ _HEADINGS = (
     "tokens to alarm",
     "share sent",
 )
+
+
+_NARROW = ("source", "AUROC", "recall at 5% FPR", "FPR", "tokens to alarm")
 
 
 def _groups(view: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

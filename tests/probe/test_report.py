@@ -101,7 +101,8 @@ def test_the_page_is_whole_alone_and_holds_no_text_of_the_data(tmp_path: Path) -
 def test_tiny_sets_have_a_report_too(data: Scored, tmp_path: Path) -> None:
     results = figures(data)
     assert len(write_report(tmp_path, card(), results, data)) == 5
-    assert figures_table(results).row_count > 3
+    for narrow in (False, True):
+        assert figures_table(results, narrow=narrow).row_count > 3
 
 
 def test_scores_before_a_statistic_is_full_are_not_drawn(tmp_path: Path) -> None:
