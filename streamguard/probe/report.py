@@ -81,8 +81,9 @@ def figures_table(results: Mapping[str, Any], *, narrow: bool = False) -> Table:
     )
     shown = [i for i, name in enumerate(_HEADINGS) if not narrow or name in _NARROW]
     for name in (_HEADINGS[i] for i in shown):
-        table.add_column(name, justify="left" if name == "source" else "right", overflow="fold")
-    table.columns[0].no_wrap = table.columns[2].no_wrap = True  # names; AUROC with its interval
+        left, whole = name == "source", name in ("source", "AUROC")
+        side = "left" if left else "right"
+        table.add_column(name, justify=side, overflow="fold", no_wrap=whole)  # type: ignore[arg-type]
     for view in VIEWS:
         table.add_section()
         table.add_row(Text(_VIEW_TITLES[view], style="bold"))
@@ -92,7 +93,8 @@ def figures_table(results: Mapping[str, Any], *, narrow: bool = False) -> Table:
             first, *rest = (cells[i] for i in shown)
             table.add_row(Text(first, style=style), *map(Text, rest))
         for name, baseline in results[view]["macro"]["baselines"].items():
-            cells = ["", _short(baseline["auroc"], interval=True)]
+            cells = [_short(baseline["auroc"], interval=True)]
+            cells = cells if narrow else ["", *cells]
             table.add_row(Text(f"macro, {name}", style="dim"), *map(Text, cells))
     return table
 
