@@ -47,20 +47,21 @@ class Pool:
 
 
 def heads_of(
-    items: Sequence[Item], name: str, categories: bool
+    items: Sequence[Item], name: str, categories: bool, train: Index | None = None
 ) -> tuple[tuple[str, ...], NDArray[np.int8]]:
     """Names of the heads, and int8[num_items, num_heads] labels.
 
     The first head is harm of any kind. With `categories` one more follows for each category that
-    enough items have; a harmful item without a category says nothing of those.
+    enough of the items to train on have (`train`; all if None): a head without examples would be
+    noise with a threshold. A harmful item without a category says nothing of those.
     """
     harmful = np.array([item.label for item in items], np.int8)
     heads, columns = [name], [harmful]
     if categories:
         kinds = [frozenset((item.category or "").lower().split("|")) - {""} for item in items]
         counts: dict[str, int] = {}
-        for kind, label in zip(kinds, harmful, strict=True):
-            for category in kind if label else ():
+        for i in range(len(items)) if train is None else train.tolist():
+            for category in kinds[i] if harmful[i] else ():
                 counts[category] = counts.get(category, 0) + 1
         for category, count in sorted(counts.items()):
             if count >= _LEAST_OF_A_CATEGORY:
@@ -76,8 +77,8 @@ def heads_of(
                 )
         if len(heads) == 1:
             raise ProbeError(
-                f"no category has {_LEAST_OF_A_CATEGORY} harmful items, so there is nothing to fit a "
-                f"head for. Leave --categories out, or give items with the key category."
+                f"no category has {_LEAST_OF_A_CATEGORY} harmful items to train on, so there is "
+                f"nothing to fit a head for. Leave --categories out, or give items with the key category."
             )
     if len(set(heads)) < len(heads):
         raise ProbeError(

@@ -111,8 +111,8 @@ def prepare(data: Data, model: ServedModel, options: FitOptions) -> Prepared:
     check_leakage(items, splits)
     check_balance(items, splits.train, "the training split")
     check_balance(items, splits.calibration, "the calibration split", least=10)
-    heads, labels = heads_of(items, options.head, options.categories)
     part = {name: np.asarray(getattr(splits, name), np.int64) for name in _PARTS}
+    heads, labels = heads_of(items, options.head, options.categories, part["train"])
     limits = {"max_prompt": options.max_prompt, "max_response": options.max_response}
     texts = list(encode(items, model.tokenizer, **limits, stage=options.stage))
     fitting = np.concatenate([part["train"], part["calibration"]])

@@ -166,10 +166,11 @@ class LinearProbe:
 
         label, weight = torch.from_numpy(piece.label), torch.from_numpy(piece.weight)
         length = torch.from_numpy(piece.end - piece.begin).float()[:, None]
-        norm = weight.sum().clamp_min(1e-6)
+        # Each head by itself: its weights must not depend on what other heads there are.
+        norm = weight.sum(0).clamp_min(1e-6)
         if self.loss == "token":
             each = entropy(scores, label[segment], reduction="none")
-            return (each * (weight / length)[segment]).sum() / norm
+            return ((each * (weight / length)[segment]).sum(0) / norm).sum()
         count = len(piece.begin)
         if self.loss == "mean":
             pooled = _sum_by(scores, segment, count) / length
@@ -180,7 +181,7 @@ class LinearProbe:
             top = top.scatter_reduce(0, index, windows.detach(), "amax")
             share = torch.exp(windows - top[segment])
             pooled = _sum_by(share * windows, segment, count) / _sum_by(share, segment, count)
-        return (entropy(pooled, label, reduction="none") * weight).sum() / norm
+        return ((entropy(pooled, label, reduction="none") * weight).sum(0) / norm).sum()
 
     def scores(self, states: Any) -> NDArray[np.float32]:
         """Scores of rows: float32[num_rows, num_heads] of uint16[num_rows, hidden_size]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -154,6 +156,21 @@ def test_categories_become_heads() -> None:
     assert labels[53:].tolist() == [[1, -1]] * 2  # not said in which way
     with pytest.raises(ProbeError, match="no category has 40"):
         heads_of(items(rows[40:]), "harm", True)
+    with pytest.raises(ProbeError, match="no category has 40 harmful items to train on"):
+        heads_of(items(rows), "harm", True, np.arange(1, len(rows)))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_head_is_the_same_beside_others(loss: str) -> None:
+    rng = np.random.default_rng(0)
+    made = pool(texts(rng, 60), rng)
+    alone = LinearProbe(loss, rate=0.01, epochs=10).fit(made.rows, made.segments(np.arange(60)))
+    other = rng.integers(-1, 2, (60, 3)).astype(np.int8)
+    several = replace(made, labels=np.concatenate([made.labels[:, :1], other], axis=1))
+    beside = LinearProbe(loss, rate=0.01, epochs=10).fit(
+        several.rows, several.segments(np.arange(60))
+    )
+    np.testing.assert_allclose(beside.coef_[:, 0], alone.coef_[:, 0], rtol=0.02, atol=1e-3)
 
 
 def test_a_sample_is_even_over_sources_and_labels() -> None:
