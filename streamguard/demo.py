@@ -291,6 +291,7 @@ def run(console: Console) -> list[str]:
         for case in CASES:
             progress.update(task, description=f"asking: {case.prompt}")
             answers.append((case, plain.ask(case.prompt), guarded.ask(case.prompt)))
+        time.sleep(1.5)  # what steps count is written once a second
         metrics = guarded.metrics()
         progress.stop()
         for answer in answers:

@@ -202,13 +202,16 @@ def test_a_request_that_would_get_round_the_guard_is_a_400_with_a_remedy(
 
 def test_metrics_count_the_verdicts_seen(servers: tuple[Server, str]) -> None:
     server, _ = servers
-    before = value(server.metrics(), "streamguard_verdicts_total", rule="rule-halting")
+    metrics = server.metrics()
+    before = value(metrics, "streamguard_verdicts_total", rule="rule-halting")
     seen = sum(
         complete(server, **under("halting")).json()["choices"][0]["finish_reason"]
         == "content_filter"
         for _ in range(3)
     )
-    metrics = server.metrics()
+    time.sleep(1.5)  # what steps count is written once a second; verdicts are at once
+    tokens_before, metrics = value(metrics, "streamguard_tokens_total"), server.metrics()
+    assert value(metrics, "streamguard_tokens_total") > tokens_before
     assert seen == 3
     assert value(metrics, "streamguard_verdicts_total", rule="rule-halting") - before == seen
     assert value(metrics, "streamguard_active") == 1
