@@ -128,7 +128,7 @@ def test_what_rows_and_characters_promise_is_what_a_walk_gives() -> None:
     compiled = program(policy(rule("halt", *LITERALS, forms=("case", "separators"))), VOCABULARY)
     t = compiled.tables
     one = Session(compiled, 1)
-    states = t.calm_shape[0, 1]
+    states = t.calm_shape[0, 0]
     rows = t.calm_rows[t.calm_rows >= 0].tolist()
     assert len(rows) > 50
     assert len({int(t.calm[row + states]) for row in rows}) == len(rows)

@@ -9,12 +9,12 @@ import numpy as np
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.tables import (
-    CHARACTERS,
     HIT_BIT,
     LOOK_CLOSER,
-    NO_BYTES,
-    NO_ROW,
     STATE_MASK,
+    STEP_BIT,
+    UNFINISHED,
+    UNFINISHED_BIT,
     move,
     move_cold,
     output_place,
@@ -23,9 +23,12 @@ from streamguard_kernels.tables import (
 )
 from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
+    NUM_PREFIXES,
     REPLACEMENT,
     SEPARATOR_BYTE,
+    longer,
     map_character,
+    prefix_number,
     utf8_step,
 )
 
@@ -217,7 +220,7 @@ def settle(packed, packed_slots, slot):
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     if s.synced[slot] != -1:
         p, row = s.policy[slot], (s.synced[slot] & ~INSIDE) >> 32
-        states, mine = row + t.calm_shape[5 * p + 1], slot * s.scratch.shape[0]
+        states, mine = row + t.calm_shape[4 * p], slot * s.scratch.shape[0]
         for k in range(t.policy_tracks[p + 1] - t.policy_tracks[p]):
             s.state[mine + k] = t.calm[states + k]
 
@@ -234,9 +237,9 @@ def _known(packed, packed_slots, slot, known):
         lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
         mine = slot * s.scratch.shape[0]
         state = s.state[mine]
-        place = (state - t.track_base[lo]) >> t.calm_shape[5 * p + 4]
-        if place < t.calm_shape[5 * p + 3]:
-            row = np.int64(t.calm_rows[t.calm_shape[5 * p + 2] + place])
+        place = (state - t.track_base[lo]) >> t.calm_shape[4 * p + 3]
+        if place < t.calm_shape[4 * p + 2]:
+            row = np.int64(t.calm_rows[t.calm_shape[4 * p + 1] + place])
             if row >= 0 and (hi - lo == 1 or s.state[mine + 1] == state):  # one track and its twin
                 known = row << np.int64(32)
     if known == -1:
@@ -311,47 +314,38 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 
 
 @borrowing
-def _row_behind(packed, p, known, here):
+def _row_behind(packed, known, here):
     """What `Slots.synced` says behind a token, of its entry in `token_sync`; -1 = it is to be walked.
 
-    known = what it says before, with a row and no unfinished character.
+    known = what it says before, with a row and no unfinished character. Without a branch: which of
+    the two kinds of words a token needs is as hard to guess as the text.
     """
     t = unpack_tables(packed)
-    row, column = np.uintp(known >> np.int64(32)), np.uintp(here >> np.int64(32))
-    word = t.calm[row + (column >> np.uintp(5))]
-    if (word >> np.uint32(column & np.uintp(31))) & np.uint32(1):
-        return here << np.int64(32)
-    step = np.uintp(t.calm_shape[np.uintp(5) * p]) + column
-    if step < np.uintp(t.calm_shape[np.uintp(5) * p + np.uintp(1)]):
-        behind = t.calm[row + step]
-        if behind != np.uint32(NO_ROW):
-            return (np.int64(behind) << np.int64(32)) | (here << np.int64(32)) & INSIDE
-    return np.int64(-1)
+    word = t.calm[np.uintp(known >> np.int64(32)) + np.uintp(here >> np.int64(38))]
+    bit = np.uint32(here >> np.int64(32)) & np.uint32(31)
+    stepped = np.int64(word & np.uint32(STATE_MASK)) | here & np.int64(UNFINISHED_BIT)
+    behind = stepped if here & np.int64(STEP_BIT) else here
+    return behind << np.int64(32) if (word >> bit) & np.uint32(1) else np.int64(-1)
 
 
 @borrowing
-def _ending(packed, p, pending, token):
+def _continued(packed, p, pending, token):
     """What a token does that begins inside a character, if it says no more than that character.
 
-    Returns an entry as of `token_sync`, and what is unfinished behind.
+    Returns an entry as of `character_sync`, and what is unfinished behind.
     """
     t = unpack_tables(packed)
     begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
-    code_point = np.int64(-1)
-    mapped = t.character_page[p * np.int64(CHARACTERS >> 8)] >= 0
-    while mapped and begin < end:
-        if code_point >= 0:
+    here = np.int64(LOOK_CLOSER if t.token_special[token] else UNFINISHED)
+    while here == UNFINISHED and begin < end:
+        number, byte = prefix_number(pending), np.int64(t.raw_data[begin])
+        if number >= NUM_PREFIXES or byte & 0xC0 != 0x80:
             return np.int64(LOOK_CLOSER), pending
-        pending, broken, code_point = utf8_step(pending, np.int64(t.raw_data[begin]))
+        page = np.int64(t.character_page[p * np.int64(NUM_PREFIXES) + number])
+        here = t.character_sync[page + (byte & 0x3F)]
+        pending = longer(pending, byte) if here == UNFINISHED else np.int64(0)
         begin += 1
-        if broken:
-            return np.int64(LOOK_CLOSER), pending
-    if not mapped or code_point >= CHARACTERS:
-        return np.int64(LOOK_CLOSER), pending
-    if code_point < 0:
-        return np.int64(NO_BYTES), pending
-    page = np.int64(t.character_page[p * np.int64(CHARACTERS >> 8) + (code_point >> 8)])
-    return t.character_sync[page * 256 + (code_point & 0xFF)], pending
+    return here if begin == end else np.int64(LOOK_CLOSER), pending
 
 
 @borrowing
@@ -462,26 +456,40 @@ def walk_kernel(call, slots, tokens):
         # Nearly every row: an ordinary token within the text that completes nothing. What this part
         # cannot settle, `_walk_row` does from the start.
         before = s.synced[slot]
-        settled = before >= 0 or (s.plain[slot] and s.pending[slot] == 0)
+        between = before >= 0 or (s.plain[slot] and s.pending[slot] == 0)  # characters
+        settled = between or s.plain[slot]
         if settled and not ends_count:
             p = np.uintp(s.policy[slot])
-            here = t.token_sync[p * np.uintp(num_tokens) + token]
-            if here >= 0 and before >= 0:
-                synced = _row_behind(packed, p, before, here)
+            if between:
+                here, pending = t.token_sync[p * np.uintp(num_tokens) + token], np.int64(0)
+            else:
+                here, pending = _continued(
+                    packed, np.int64(p), s.pending[slot], np.int64(token)
+                )
+            if here >= 0 and before != -1:
+                synced = _row_behind(packed, before & ~INSIDE, here)
                 if synced != -1:
                     if commit:
                         s.synced[slot] = synced
                         if synced < 0:
                             s.pending[slot] = t.token_pending[token]
+                        elif before < 0:
+                            s.pending[slot] = 0
                     s.best[row] = 0
                     continue
-            if here == NO_BYTES:
+            if here == UNFINISHED:
                 if commit:
-                    s.pending[slot] = t.token_pending[token]
-                    if s.pending[slot]:
-                        s.synced[slot] = before | INSIDE
+                    s.pending[slot] = pending
                 s.best[row] = 0
                 continue
+            if not between:
+                if not t.token_special[token] and _walk_inside(
+                    packed, packed_slots, np.int64(slot), np.int64(token), commit
+                ):
+                    s.best[row] = 0
+                    continue
+                settled = False
+        if settled and not ends_count:
             synced = here << np.int64(32) if here >= 0 else np.int64(-1)
             settle(packed, packed_slots, np.int64(slot))
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
@@ -534,24 +542,6 @@ def walk_kernel(call, slots, tokens):
             while commit and track > lo:  # take it back
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
-        elif s.plain[slot] and not ends_count and not t.token_special[token]:
-            p = np.uintp(s.policy[slot])
-            here, pending = _ending(packed, np.int64(p), s.pending[slot], np.int64(token))
-            reached = before
-            if here != NO_BYTES and before != -1:
-                reached = np.int64(-1)
-                if here >= 0:
-                    reached = _row_behind(packed, p, before & ~INSIDE, here)
-            elif pending == 0 and before != -1:
-                reached = before & ~INSIDE
-            if here == NO_BYTES or reached != -1:
-                if commit:
-                    s.synced[slot], s.pending[slot] = reached, pending
-                s.best[row] = 0
-                continue
-            if _walk_inside(packed, packed_slots, np.int64(slot), np.int64(token), commit):
-                s.best[row] = 0
-                continue
         ends = np.int64(LAST) if ends_count and s.row_last[row] else np.int64(0)
         events = s.num_events[0]
         told = silent if call[SILENT] else np.int64(row)
