@@ -36,8 +36,10 @@ from streamguard_kernels.utf8 import (
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
 COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
-#: In `Slots.synced`: the slot stands inside a character.
-INSIDE = np.int64(-1 << 63)
+#: In `Slots.synced`: the slot stands inside a character, or the row is borrowed; two classes behind
+#: which a borrowed row says nothing, as in `token_sync`.
+CAREFUL = np.int64(-1 << 63)
+EXCEPTIONS = 0xFFFF
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
@@ -50,8 +52,9 @@ class Slots(NamedTuple):
     end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
     end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
     state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
-    synced      int64[num_slots]              from bit 32 on the row in `calm` that has the states;
-                                              negative = inside a character; -1 = `state` holds
+    synced      int64[num_slots]              what `calm_rows` says of the states: from bit 32 on a row
+                                              of `calm`. Negative = inside a character, or the row is
+                                              borrowed and `state` holds; -1 = no row, `state` holds
     pending     int64[num_slots]              unfinished character, see `utf8`
     events      int64[capacity, 2]            (row, rule) of every pattern that completed
     num_events  int64[1]                      counts also those beyond the capacity
@@ -218,8 +221,8 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 def settle(packed, packed_slots, slot):
     """Write down the states of a slot, if `Slots.synced` stands for them."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    if s.synced[slot] != -1:
-        p, row = s.policy[slot], (s.synced[slot] & ~INSIDE) >> 32
+    if s.synced[slot] != -1 and s.synced[slot] & EXCEPTIONS == 0:
+        p, row = s.policy[slot], (s.synced[slot] & ~CAREFUL) >> 32
         states, mine = row + t.calm_shape[4 * p], slot * s.scratch.shape[0]
         for k in range(t.policy_tracks[p + 1] - t.policy_tracks[p]):
             s.state[mine + k] = t.calm[states + k]
@@ -239,13 +242,12 @@ def _known(packed, packed_slots, slot, known):
         state = s.state[mine]
         place = (state - t.track_base[lo]) >> t.calm_shape[4 * p + 3]
         if place < t.calm_shape[4 * p + 2]:
-            row = np.int64(t.calm_rows[t.calm_shape[4 * p + 1] + place])
-            if row >= 0 and (hi - lo == 1 or s.state[mine + 1] == state):  # one track and its twin
-                known = row << np.int64(32)
+            if hi - lo == 1 or s.state[mine + 1] == state:  # one track and its twin
+                known = t.calm_rows[t.calm_shape[4 * p + 1] + place]
     if known == -1:
         return known
-    known &= ~INSIDE
-    return known | INSIDE if s.pending[slot] else known
+    known &= ~CAREFUL
+    return known | CAREFUL if s.pending[slot] or known & EXCEPTIONS else known
 
 
 @compiled
@@ -317,11 +319,11 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 def _row_behind(packed, known, here):
     """What `Slots.synced` says behind a token, of its entry in `token_sync`; -1 = it is to be walked.
 
-    known = what it says before, with a row and no unfinished character. Without a branch: which of
+    known = what it says before, with a row, and not CAREFUL. Without a branch: which of
     the two kinds of words a token needs is as hard to guess as the text.
     """
     t = unpack_tables(packed)
-    word = t.calm[np.uintp(known >> np.int64(32)) + np.uintp(here >> np.int64(38))]
+    word = t.calm[np.uintp(known >> np.int64(32)) + np.uintp(here >> np.int64(46))]
     bit = np.uint32(here >> np.int64(32)) & np.uint32(31)
     stepped = np.int64(word & np.uint32(STATE_MASK)) | here & np.int64(UNFINISHED_BIT)
     behind = stepped if here & np.int64(STEP_BIT) else here
@@ -346,6 +348,29 @@ def _continued(packed, p, pending, token):
         pending = longer(pending, byte) if here == UNFINISHED else np.int64(0)
         begin += 1
     return here if begin == end else np.int64(LOOK_CLOSER), pending
+
+
+@borrowing
+def _careful(packed, packed_slots, p, slot, token):
+    """What a token does to a slot that is inside a character, or has a borrowed row or none.
+
+    Returns an entry as of `token_sync`, what `Slots.synced` says behind it, -1 = it is to be walked or
+    says that already, and what is unfinished there.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    before, pending = s.synced[slot], s.pending[slot]
+    if pending:
+        here, pending = _continued(packed, p, pending, token)
+    else:
+        here, pending = t.token_sync[p * t.token_special.shape[0] + token], t.token_pending[token]
+    synced = np.int64(-1)
+    if before != -1 and here != LOOK_CLOSER:
+        class_ = here >> np.int64(38) & 0xFF
+        if here == UNFINISHED or (class_ == 0 and before & EXCEPTIONS):
+            synced = before
+        elif class_ == 0 or (class_ != before & 0xFF and class_ != before >> 8 & 0xFF):
+            synced = _row_behind(packed, before & ~CAREFUL, here)
+    return here, synced, np.int64(pending)
 
 
 @borrowing
@@ -456,39 +481,36 @@ def walk_kernel(call, slots, tokens):
         # Nearly every row: an ordinary token within the text that completes nothing. What this part
         # cannot settle, `_walk_row` does from the start.
         before = s.synced[slot]
-        between = before >= 0 or (s.plain[slot] and s.pending[slot] == 0)  # characters
-        settled = between or s.plain[slot]
+        settled = before >= 0 or s.plain[slot]
         if settled and not ends_count:
-            p = np.uintp(s.policy[slot])
-            if between:
-                here, pending = t.token_sync[p * np.uintp(num_tokens) + token], np.int64(0)
-            else:
-                here, pending = _continued(
-                    packed, np.int64(p), s.pending[slot], np.int64(token)
-                )
-            if here >= 0 and before != -1:
-                synced = _row_behind(packed, before & ~INSIDE, here)
+            p, synced = np.uintp(s.policy[slot]), np.int64(-1)
+            if before >= 0:
+                here = t.token_sync[p * np.uintp(num_tokens) + token]
+                if here >= 0:
+                    synced = _row_behind(packed, before, here)
                 if synced != -1:
                     if commit:
                         s.synced[slot] = synced
                         if synced < 0:
                             s.pending[slot] = t.token_pending[token]
-                        elif before < 0:
-                            s.pending[slot] = 0
                     s.best[row] = 0
                     continue
-            if here == UNFINISHED:
-                if commit:
-                    s.pending[slot] = pending
-                s.best[row] = 0
-                continue
-            if not between:
-                if not t.token_special[token] and _walk_inside(
-                    packed, packed_slots, np.int64(slot), np.int64(token), commit
-                ):
+            else:
+                here, synced, pending = _careful(
+                    packed, packed_slots, np.int64(p), np.int64(slot), np.int64(token)
+                )
+                if synced != -1 or here == UNFINISHED:
+                    if commit:
+                        s.synced[slot], s.pending[slot] = synced, pending
                     s.best[row] = 0
                     continue
-                settled = False
+                if s.pending[slot]:
+                    if not t.token_special[token] and _walk_inside(
+                        packed, packed_slots, np.int64(slot), np.int64(token), commit
+                    ):
+                        s.best[row] = 0
+                        continue
+                    settled = False
         if settled and not ends_count:
             synced = here << np.int64(32) if here >= 0 else np.int64(-1)
             settle(packed, packed_slots, np.int64(slot))

@@ -72,8 +72,10 @@ class Tables(NamedTuple):
                                                 the row of the states behind the token begins; bit 31
                                                 = it ends inside a character; in five bits from bit
                                                 32 on which bit of a word of a row of `calm` says
-                                                that it may go on so, and from bit 38 on which word;
+                                                that it may go on so, and from bit 46 on which word;
                                                 bit 37 = that word also says the row behind the token;
+                                                in a byte from bit 38 on, of policies of one track (and
+                                                its twin), 1 + its first class, 0 = it maps to nothing;
                                                 LOOK_CLOSER = so in any track
     calm             uint32[num_calm]           a row for each known combination of a policy's states.
                                                 First bits, one for each column of first classes:
@@ -86,10 +88,12 @@ class Tables(NamedTuple):
     calm_shape       int64[num_policies, 4]     where in a row of `calm` the states are; where the
                                                 policy begins in `calm_rows`, how many places it has
                                                 there, and a shift
-    calm_rows        int32[num_calm_places]     where the row of a state begins, -1 = it has none; of
-                                                policies of one track (and its twin). The place of a
-                                                state is its distance from the root shifted to the
-                                                right, which no other has
+    calm_rows        int64[num_calm_places]     of policies of one track (and its twin): from bit 32 on
+                                                where the row of a state begins, -1 = it has none. If it
+                                                is borrowed from another state, two bytes say 1 + the
+                                                classes behind which it does not hold, other than 0. The
+                                                place of a state is its distance from the root shifted
+                                                to the right, which no other has
     character_page   int32[num_policies, NUM_PREFIXES]  where in the next the page of each unfinished
                                                 character begins; see `utf8.prefix_number`
     character_sync   int64[num_pages * 64]      as `token_sync`, of the character that each further byte
@@ -159,7 +163,7 @@ class Tables(NamedTuple):
 
 
 _TABLES = (
-    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i i l u b l b l l l i i l b b"
+    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l l i l u b l b l l l i i l b b"
 )
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)

@@ -421,7 +421,7 @@ def _join(
         token_sync=np.zeros((len(policy_tracks) - 1, len(vocabulary)), np.int64),
         calm=np.zeros(0, np.uint32),
         calm_shape=np.zeros((len(policy_tracks) - 1, 4), np.int64),
-        calm_rows=np.zeros(0, np.int32),
+        calm_rows=np.zeros(0, np.int64),
         character_page=np.zeros((len(policy_tracks) - 1, NUM_PREFIXES), np.int32),
         character_sync=np.zeros(0, np.int64),
         token_pending=pending,
@@ -445,11 +445,14 @@ def _join(
             tables.token_walk[:, track] = tables.token_walk[:, track - 1]
         else:
             walk_tokens(address(packed), track, tables.token_walk)
-    calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
+    calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
     pages = {np.full(64, LOOK_CLOSER, np.int64).tobytes(): 0}
     for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
         apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
-        found = synchronise(tables, address(packed), policy, apart, sum(map(len, calm)))
+        found = synchronise(
+            tables, address(packed), policy, apart, automata[tracks[lo][0]].failure,
+            sum(map(len, calm)),
+        )  # fmt: skip
         tables.calm_shape[policy] = found.shape
         tables.calm_shape[policy, 1] = sum(map(len, calm_rows))
         calm.append(found.rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streamguard_kernels.advance import EXCEPTIONS
 from streamguard_kernels.shortcuts import (
     continue_characters,
     find_calm,
@@ -37,7 +38,7 @@ class Calm:
     """What `synchronise` finds out of a policy. It stands at `begin` in `Tables.calm`.
 
     rows    uint32[num_rows * row_size].
-    at      int32[num_places] of `Tables.calm_rows`.
+    at      int64[num_places] of `Tables.calm_rows`.
     characters  int64[NUM_PREFIXES, 64] of `Tables.character_sync`.
     shape   the policy's `Tables.calm_shape`, but for where `at` begins.
     """
@@ -48,11 +49,14 @@ class Calm:
     shape: tuple[int, int, int, int]
 
 
-def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, begin: int) -> Calm:
+def synchronise(
+    tables: Tables, packed: int, policy: int, tracks: np.ndarray, failure: np.ndarray, begin: int
+) -> Calm:
     """Fill in `Tables.token_sync` of a policy, and say what belongs into `calm` from `begin` on.
 
     tracks  int64[]: of the policy, without twins, which are in step with the track before them if
     both are in step with the root.
+    failure  int32[num_states]: links between the states of the first of them, as numbers.
     """
     walks = tables.token_walk[:, tracks]
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
@@ -105,9 +109,11 @@ def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, be
     )
     # What `token_sync` says of a column: a word and a bit of it.
     of_column = np.arange(len(classes)) - num_steps
-    steps = (num_words + np.arange(num_steps + 1)) << 38 | STEP_BIT | 31 << 32
-    of_column = (of_column >> 5) << 38 | (of_column & 31) << 32
+    steps = (num_words + np.arange(num_steps + 1)) << 46 | STEP_BIT | 31 << 32
+    of_column = (of_column >> 5) << 46 | (of_column & 31) << 32
     of_column[:num_steps] = steps[:num_steps]
+    if single:
+        of_column |= (classes[:, 0] + 1) << 38
     entries = (begin + row * size) | of_column[column]
     sync = tables.token_sync[policy]
     sync[:] = LOOK_CLOSER
@@ -122,7 +128,9 @@ def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, be
         whole[quiet] = entries[len(ordinary) :]
         characters = continue_characters()
         characters = np.where(characters < 0, characters, whole[characters])
-    at = np.where(at >= 0, begin + at * size, -1).astype(np.int32)
+    at = np.where(at >= 0, (begin + at.astype(np.int64) * size) << 32, -1)
+    if single:
+        at = _with_borrowed_rows(tables, int(tracks[0]), failure, at, shift)
     shape = (num_words + num_steps + 1, 0, len(at), shift)
     return Calm(rows.reshape(-1), at, characters, shape)
 
@@ -148,6 +156,34 @@ def _with_shallow_states(
     at = np.full(int(place[near].max()) + 1, -1, np.int32)
     at[place[near]] = np.flatnonzero(near)
     return states, at, shift
+
+
+def _with_borrowed_rows(
+    tables: Tables, track: int, failure: np.ndarray, at: np.ndarray, shift: int
+) -> np.ndarray:
+    """`at` with rows for states that have none: of the next state on the failure path that has one.
+
+    They lead to the same states by all classes but those of the state's own children, and where these
+    are two at most they fit into the entry. Half of all texts' unusual states are such.
+    """
+    base, limit = int(tables.track_base[track]), int(tables.track_limit[track])
+    num_classes = int(tables.track_classes[track])
+    num_states = min((limit - base) // num_classes, len(failure), CALM_PLACES)
+    place = np.arange(num_states) * num_classes >> shift
+    place = place[place < CALM_PLACES]
+    at = np.pad(at, (0, max(0, int(place[-1]) + 1 - len(at))), constant_values=-1)
+    link = np.where(at[place] >= 0, np.arange(len(place)), failure[: len(place)])
+    while (link != link[link]).any():
+        link = link[link]
+    moves = tables.trans[base : base + len(place) * num_classes].reshape(-1, num_classes)
+    for low in range(0, len(place), 1 << 14):
+        mine = low + np.flatnonzero(at[place[low : low + (1 << 14)]] < 0)
+        differs = moves[mine] != moves[link[mine]]
+        first, last = differs.argmax(axis=1), num_classes - 1 - differs[:, ::-1].argmax(axis=1)
+        exceptions = np.where(differs.any(axis=1), first + 1 | last + 1 << 8, EXCEPTIONS)
+        fits = (differs.sum(axis=1) <= 2) & (at[place[link[mine]]] >= 0)
+        at[place[mine[fits]]] = at[place[link[mine[fits]]]] | exceptions[fits]
+    return at
 
 
 def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
