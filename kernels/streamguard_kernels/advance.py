@@ -221,11 +221,17 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 def settle(packed, packed_slots, slot):
     """Write down the states of a slot, if `Slots.synced` stands for them."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    if s.synced[slot] != -1 and s.synced[slot] & EXCEPTIONS == 0:
-        p, row = s.policy[slot], (s.synced[slot] & ~CAREFUL) >> 32
-        states, mine = row + t.calm_shape[4 * p], slot * s.scratch.shape[0]
-        for k in range(t.policy_tracks[p + 1] - t.policy_tracks[p]):
-            s.state[mine + k] = t.calm[states + k]
+    mine = np.uintp(slot)
+    known = s.synced[mine]
+    if known != -1 and known & EXCEPTIONS == 0:
+        p = np.uintp(s.policy[mine])
+        row = np.uintp((known & ~CAREFUL) >> np.int64(32))
+        at = row + np.uintp(t.calm_shape[np.uintp(4) * p])
+        mine *= np.uintp(s.scratch.shape[0])
+        k, end = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
+        while k < end:
+            s.state[mine] = t.calm[at]
+            mine, at, k = mine + np.uintp(1), at + np.uintp(1), k + np.uintp(1)
 
 
 @borrowing
@@ -235,19 +241,21 @@ def _known(packed, packed_slots, slot, known):
     known = what it says of these very states already, whatever it says of a character; -1 = nothing.
     """
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    p = s.policy[slot]
-    if known == -1 and s.plain[slot]:
-        lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
-        mine = slot * s.scratch.shape[0]
-        state = s.state[mine]
-        place = (state - t.track_base[lo]) >> t.calm_shape[4 * p + 3]
-        if place < t.calm_shape[4 * p + 2]:
-            if hi - lo == 1 or s.state[mine + 1] == state:  # one track and its twin
-                known = t.calm_rows[t.calm_shape[4 * p + 1] + place]
+    mine = np.uintp(slot)
+    if known == -1 and s.plain[mine]:
+        p = np.uintp(s.policy[mine])
+        lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
+        first, shape = mine * np.uintp(s.scratch.shape[0]), np.uintp(4) * p
+        state = s.state[first]
+        place = np.uintp((state - t.track_base[lo]) >> t.calm_shape[shape + np.uintp(3)])
+        if place < np.uintp(t.calm_shape[shape + np.uintp(2)]):
+            alone = hi - lo == np.uintp(1)
+            if alone or s.state[first + np.uintp(1)] == state:  # one track and its twin
+                known = t.calm_rows[np.uintp(t.calm_shape[shape + np.uintp(1)]) + place]
     if known == -1:
         return known
     known &= ~CAREFUL
-    return known | CAREFUL if s.pending[slot] or known & EXCEPTIONS else known
+    return known | CAREFUL if s.pending[mine] or known & EXCEPTIONS else known
 
 
 @compiled
@@ -334,20 +342,20 @@ def _row_behind(packed, known, here):
 def _continued(packed, p, pending, token):
     """What a token does that begins inside a character, if it says no more than that character.
 
-    Returns an entry as of `character_sync`, and what is unfinished behind.
+    Returns an entry as of `character_sync`, and what is unfinished behind. p, token: np.uintp.
     """
     t = unpack_tables(packed)
-    begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
+    at, end = np.uintp(t.raw_offsets[token]), np.uintp(t.raw_offsets[token + np.uintp(1)])
     here = np.int64(LOOK_CLOSER if t.token_special[token] else UNFINISHED)
-    while here == UNFINISHED and begin < end:
-        number, byte = prefix_number(pending), np.int64(t.raw_data[begin])
-        if number >= NUM_PREFIXES or byte & 0xC0 != 0x80:
+    while here == UNFINISHED and at < end:
+        number, byte = np.uintp(prefix_number(pending)), np.int64(t.raw_data[at])
+        if number >= np.uintp(NUM_PREFIXES) or byte & 0xC0 != 0x80:
             return np.int64(LOOK_CLOSER), pending
-        page = np.int64(t.character_page[p * np.int64(NUM_PREFIXES) + number])
-        here = t.character_sync[page + (byte & 0x3F)]
+        page = np.uintp(t.character_page[p * np.uintp(NUM_PREFIXES) + number])
+        here = t.character_sync[page + np.uintp(byte & 0x3F)]
         pending = longer(pending, byte) if here == UNFINISHED else np.int64(0)
-        begin += 1
-    return here if begin == end else np.int64(LOOK_CLOSER), pending
+        at += np.uintp(1)
+    return here if at == end else np.int64(LOOK_CLOSER), pending
 
 
 @borrowing
@@ -355,14 +363,15 @@ def _careful(packed, packed_slots, p, slot, token):
     """What a token does to a slot that is inside a character, or has a borrowed row or none.
 
     Returns an entry as of `token_sync`, what `Slots.synced` says behind it, -1 = it is to be walked or
-    says that already, and what is unfinished there.
+    says that already, and what is unfinished there. p, slot, token: np.uintp.
     """
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     before, pending = s.synced[slot], s.pending[slot]
     if pending:
         here, pending = _continued(packed, p, pending, token)
     else:
-        here, pending = t.token_sync[p * t.token_special.shape[0] + token], t.token_pending[token]
+        here = t.token_sync[p * np.uintp(t.token_special.shape[0]) + token]
+        pending = np.int64(t.token_pending[token])
     synced = np.int64(-1)
     if before != -1 and here != LOOK_CLOSER:
         class_ = here >> np.int64(38) & 0xFF
@@ -370,7 +379,7 @@ def _careful(packed, packed_slots, p, slot, token):
             synced = before
         elif class_ == 0 or (class_ != before & 0xFF and class_ != before >> 8 & 0xFF):
             synced = _row_behind(packed, before & ~CAREFUL, here)
-    return here, synced, np.int64(pending)
+    return here, synced, pending
 
 
 @borrowing
@@ -497,7 +506,7 @@ def walk_kernel(call, slots, tokens):
                     continue
             else:
                 here, synced, pending = _careful(
-                    packed, packed_slots, np.int64(p), np.int64(slot), np.int64(token)
+                    packed, packed_slots, p, slot, token
                 )
                 if synced != -1 or here == UNFINISHED:
                     if commit:
