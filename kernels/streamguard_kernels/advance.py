@@ -327,8 +327,8 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 def _row_behind(packed, known, here):
     """What `Slots.synced` says behind a token, of its entry in `token_sync`; -1 = it is to be walked.
 
-    known = what it says before, with a row, and not CAREFUL. Without a branch: which of
-    the two kinds of words a token needs is as hard to guess as the text.
+    known = what it says before, with a row, and not CAREFUL. Without a branch: which of the two kinds
+    of words a token needs is as hard to guess as the text.
     """
     t = unpack_tables(packed)
     word = t.calm[np.uintp(known >> np.int64(32)) + np.uintp(here >> np.int64(46))]
@@ -372,12 +372,12 @@ def _careful(packed, packed_slots, p, slot, token):
     else:
         here = t.token_sync[p * np.uintp(t.token_special.shape[0]) + token]
         pending = np.int64(t.token_pending[token])
-    synced = np.int64(-1)
+    synced, exceptions = np.int64(-1), before & EXCEPTIONS
     if before != -1 and here != LOOK_CLOSER:
         class_ = here >> np.int64(38) & 0xFF
-        if here == UNFINISHED or (class_ == 0 and before & EXCEPTIONS):
+        if here == UNFINISHED or (exceptions and class_ == 0):
             synced = before
-        elif class_ == 0 or (class_ != before & 0xFF and class_ != before >> 8 & 0xFF):
+        elif not exceptions or (class_ != exceptions & 0xFF and class_ != exceptions >> 8):
             synced = _row_behind(packed, before & ~CAREFUL, here)
     return here, synced, pending
 
@@ -449,7 +449,7 @@ def walk_kernel(call, slots, tokens):
     same bytes from the root goes on as that does, and where that leads is in `token_walk`. And mostly
     all tracks do so, from where all of them were: one bit in `calm` says it, however many they are;
     or the token is one byte, and `calm` says where that leads. A character that tokens cut in two is
-    looked up like a token when it is complete.
+    looked up like a token when it is complete, and a state without a row in `calm` borrows one.
 
     call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
             the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
@@ -490,8 +490,8 @@ def walk_kernel(call, slots, tokens):
         # Nearly every row: an ordinary token within the text that completes nothing. What this part
         # cannot settle, `_walk_row` does from the start.
         before = s.synced[slot]
-        settled = before >= 0 or s.plain[slot]
-        if settled and not ends_count:
+        settled = (before >= 0 or s.plain[slot]) and not ends_count
+        if settled:
             p, synced = np.uintp(s.policy[slot]), np.int64(-1)
             if before >= 0:
                 here = t.token_sync[p * np.uintp(num_tokens) + token]
@@ -505,9 +505,7 @@ def walk_kernel(call, slots, tokens):
                     s.best[row] = 0
                     continue
             else:
-                here, synced, pending = _careful(
-                    packed, packed_slots, p, slot, token
-                )
+                here, synced, pending = _careful(packed, packed_slots, p, slot, token)
                 if synced != -1 or here == UNFINISHED:
                     if commit:
                         s.synced[slot], s.pending[slot] = synced, pending
@@ -520,7 +518,7 @@ def walk_kernel(call, slots, tokens):
                         s.best[row] = 0
                         continue
                     settled = False
-        if settled and not ends_count:
+        if settled:
             synced = here << np.int64(32) if here >= 0 else np.int64(-1)
             settle(packed, packed_slots, np.int64(slot))
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])

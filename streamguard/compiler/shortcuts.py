@@ -163,8 +163,8 @@ def _with_borrowed_rows(
 ) -> np.ndarray:
     """`at` with rows for states that have none: of the next state on the failure path that has one.
 
-    They lead to the same states by all classes but those of the state's own children, and where these
-    are two at most they fit into the entry. Half of all texts' unusual states are such.
+    They lead to the same states by all classes but those of the state's own children, mostly, and
+    where two classes at most differ they fit into the entry.
     """
     base, limit = int(tables.track_base[track]), int(tables.track_limit[track])
     num_classes = int(tables.track_classes[track])
