@@ -42,7 +42,7 @@ _REQUIRED = 1.15
 # The fields of `struct loop`, in its order.
 _TABLES = {
     "trans": "uint32", "class_of": "uint8", "token_walk": "int64", "token_sync": "int64",
-    "calm": "uint32", "calm_shape": "int64", "calm_rows": "int32",
+    "calm": "uint32", "calm_shape": "int64", "calm_rows": "int64",
     "token_offsets": "int32", "token_data": "uint8", "first_pattern": "int32",
     "next_pattern": "int32", "suffix_link": "int32", "best_rule": "int32", "pattern_rule": "int32",
     "rule_rank": "int32",

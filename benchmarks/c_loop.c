@@ -12,11 +12,14 @@ struct loop {
     const uint8_t *class_of;     /* [256] */
     const int64_t *token_walk;   /* [num_tokens] state behind the token, read from the root | bit 31 |
                                   * class of the token's first byte << 32 */
-    const int64_t *token_sync;   /* [num_tokens] row of `calm` behind the token | column << 32; or < 0 */
-    const uint32_t *calm;        /* rows. Bits: from the row's state the column's class leads where it
-                                  * leads from the root; rows behind one class; the row's state */
-    const int64_t *calm_shape;   /* [5] places of the second and third part; of calm_rows: 0, size, shift */
-    const int32_t *calm_rows;    /* row of the state that is so far from the root, shifted; or -1 */
+    const int64_t *token_sync;   /* [num_tokens] row of `calm` behind the token | bit of a word << 32 | the
+                                  * word is the row behind << 37 | 1 + first class << 38 | word << 46;
+                                  * or < 0 */
+    const uint32_t *calm;        /* rows. Bits: from the row's state the token's first classes lead where
+                                  * they lead from the root; rows behind one class; the row's state */
+    const int64_t *calm_shape;   /* [4] place of the state; of calm_rows: 0, size, shift */
+    const int64_t *calm_rows;    /* row of the state that is so far from the root, shifted, << 32 | two
+                                  * bytes: 1 + classes behind which the row does not hold; or -1 */
     const int32_t *token_offsets;
     const uint8_t *token_data;
     const int32_t *first_pattern, *next_pattern, *suffix_link, *best_rule; /* per state; per pattern */
@@ -24,8 +27,8 @@ struct loop {
     const int64_t *policy;       /* [num_slots] -1 = not guarded */
     const uint8_t *plain;        /* [num_slots] only special tokens end the text */
     const int64_t *pending;      /* [num_slots] unfinished character: none here */
-    int64_t *state;              /* [num_slots] where the next is -1 */
-    int64_t *synced;             /* [num_slots] row of `calm` << 32; or -1 */
+    int64_t *state;              /* [num_slots] where the next is negative */
+    int64_t *synced;             /* [num_slots] as in calm_rows; negative if it names classes */
     int64_t *events;             /* [capacity, 2] (row, rule) */
     int64_t *num_events;
     int64_t root, num_classes, num_slots, num_tokens, capacity;
@@ -52,10 +55,10 @@ static int64_t record(const struct loop *l, int64_t state, int64_t best, int64_t
 
 static int64_t row_of(const struct loop *l, int64_t state)
 {
-    int64_t place = (state - l->root) >> l->calm_shape[4];
-    if (place >= l->calm_shape[3] || l->calm_rows[place] < 0)
+    int64_t place = (state - l->root) >> l->calm_shape[3];
+    if (place >= l->calm_shape[2])
         return -1;
-    return (int64_t)l->calm_rows[place] << 32;
+    return l->calm_rows[place] & 0xffff ? l->calm_rows[place] | INT64_MIN : l->calm_rows[place];
 }
 
 /* Returns the number of rows done; -1 if an id is out of range, -2 for a row that is beyond this loop. */
@@ -76,20 +79,18 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
             return -2;
         int64_t here = l->token_sync[token], before = l->synced[slot];
         int64_t synced = here < 0 ? -1 : here << 32;
-        if (here >= 0 && before >= 0) {
-            const uint32_t *calm = l->calm + (before >> 32);
-            int64_t column = here >> 32, step = l->calm_shape[0] + column;
-            if (calm[column >> 5] >> (column & 31) & 1) {
-                l->synced[slot] = synced;
-                continue;
-            }
-            if (step < l->calm_shape[1] && calm[step] != 0xffffffff) {
-                l->synced[slot] = (int64_t)calm[step] << 32;
+        int64_t first = here >> 38 & 0xff;
+        if (here >= 0 && (before >= 0 || (before != -1 && first && first != (before & 0xff)
+                                          && first != (before >> 8 & 0xff)))) {
+            uint32_t word = l->calm[((before & INT64_MAX) >> 32) + (here >> 46)];
+            int64_t behind = here >> 37 & 1 ? word & 0x7fffffff : (uint32_t)here;
+            if (word >> (here >> 32 & 31) & 1) {
+                l->synced[slot] = behind << 32;
                 continue;
             }
         }
         if (before >= 0)
-            l->state[slot] = l->calm[(before >> 32) + l->calm_shape[1]];
+            l->state[slot] = l->calm[(before >> 32) + l->calm_shape[0]];
         int64_t begin = l->token_offsets[token], end = l->token_offsets[token + 1];
         uint32_t state = (uint32_t)l->state[slot], whole = (uint32_t)l->token_walk[token], hit = whole;
         if (!(whole >> 31)) {

@@ -21,8 +21,10 @@ from guard_cases import (
     vocabulary,
 )
 
+from streamguard.compiler import shortcuts
 from streamguard.compiler.program import Program
 from streamguard.session import Session
+from streamguard_kernels.advance import CAREFUL, EXCEPTIONS
 
 LITERALS = (
     "bomb", "bo mb", "om", "mom bob", "b.o", "ßa", "straße", "Σος", "中文", "é b", "o!", "b", "𐐨o", "😀b",
@@ -86,8 +88,9 @@ def compare(compiled: Program, rng: random.Random) -> tuple[int, int]:
             assert slow._slots.synced[0] == -1
             known = int(quick._slots.synced[0])
             num_known += known != -1
-            num_inside += known < -1
-            assert known == -1 or (known < 0) == (quick._slots.pending[0] != 0), read
+            num_inside += known < -1 and quick._slots.pending[0] != 0
+            careful = quick._slots.pending[0] != 0 or known & EXCEPTIONS != 0
+            assert known == -1 or (known < 0) == careful, read
             found = {
                 (match[0], index)
                 for index, each in enumerate(what)
@@ -124,28 +127,48 @@ def test_policies_of_many_mappings_find_the_same_without_shortcuts(seed: int) ->
         compare(program(policy(*rules), VOCABULARY), rng)
 
 
-def test_what_rows_and_characters_promise_is_what_a_walk_gives() -> None:
+@pytest.mark.parametrize("shallow", [shortcuts.SHALLOW_BYTES, 0], ids=["", "few rows"])
+def test_what_rows_and_characters_promise_is_what_a_walk_gives(
+    shallow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shortcuts, "SHALLOW_BYTES", shallow)
     compiled = program(policy(rule("halt", *LITERALS, forms=("case", "separators"))), VOCABULARY)
     t = compiled.tables
     one = Session(compiled, 1)
-    states = t.calm_shape[0, 1]
-    rows = t.calm_rows[t.calm_rows >= 0].tolist()
-    assert len(rows) > 50
-    assert len({int(t.calm[row + states]) for row in rows}) == len(rows)
+    num_classes, shift = int(t.track_classes[0]), int(t.calm_shape[0, 3])
+    states = np.arange(t.track_base[0], t.track_limit[0], num_classes)
+    entries = t.calm_rows[(states - t.track_base[0]) >> shift]
+    own = (entries >= 0) & (entries & EXCEPTIONS == 0)
+    assert (t.calm[(entries[own] >> 32) + t.calm_shape[0, 0]] == states[own]).all()
+    assert own.all() if shallow else own.sum() > 10
+    assert shallow or (entries[~own] >= 0).sum() > 10
     rng = random.Random(1)
     data = [character.encode() for character in CHARACTERS]
     cut = [(each[:at], each[at:]) for each in data for at in range(1, len(each))]
-    for row in rows:
+    for state, entry in zip(states[entries >= 0], entries[entries >= 0].tolist(), strict=True):
         for pieces in [*rng.sample(cut, 12), *((piece,) for piece in rng.sample(TOKENS, 12))]:
             ways = []
-            for known in (row << 32, -1):
+            for known in (entry | int(CAREFUL) if entry & EXCEPTIONS else entry, -1):
                 one.reset(0)
-                one._slots.state[0, 0] = t.calm[row + states]
-                one._slots.synced[0], one._slots.plain[0] = known, known >= 0
+                one._slots.state[0, 0] = state
+                one._slots.synced[0], one._slots.plain[0] = known, known != -1
                 hits = [one.advance([0], [TOKEN[piece]]).tolist() for piece in pieces]
-                state, pending = one.snapshot(0)
-                ways.append((hits, state.tolist(), pending))
-            assert ways[0] == ways[1], (row, pieces)
+                behind, pending = one.snapshot(0)
+                ways.append((hits, behind.tolist(), pending))
+            assert ways[0] == ways[1], (state, pieces)
+
+
+def test_borrowed_rows_change_nothing_but_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortcuts, "SHALLOW_BYTES", 0)
+    rng = random.Random(seed)
+    num_borrowed = 0
+    for forms in [(), *FORMS]:
+        rules = random_rules(rng, LITERALS, 1, lambda _, forms=forms: forms)  # type: ignore[misc]
+        compiled = program(policy(*rules), VOCABULARY)
+        compare(compiled, rng)
+        rows = compiled.tables.calm_rows
+        num_borrowed += int(((rows >= 0) & (rows & EXCEPTIONS != 0)).sum())
+    assert num_borrowed > 20
 
 
 def test_the_same_tokens_cut_or_whole_leave_the_same_state() -> None:

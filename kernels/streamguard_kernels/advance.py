@@ -9,12 +9,12 @@ import numpy as np
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.tables import (
-    CHARACTERS,
     HIT_BIT,
     LOOK_CLOSER,
-    NO_BYTES,
-    NO_ROW,
     STATE_MASK,
+    STEP_BIT,
+    UNFINISHED,
+    UNFINISHED_BIT,
     move,
     move_cold,
     output_place,
@@ -23,9 +23,12 @@ from streamguard_kernels.tables import (
 )
 from streamguard_kernels.utf8 import (
     BEFORE_NONWORD,
+    NUM_PREFIXES,
     REPLACEMENT,
     SEPARATOR_BYTE,
+    longer,
     map_character,
+    prefix_number,
     utf8_step,
 )
 
@@ -33,8 +36,10 @@ from streamguard_kernels.utf8 import (
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
 COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
-#: In `Slots.synced`: the slot stands inside a character.
-INSIDE = np.int64(-1 << 63)
+#: In `Slots.synced`: the slot stands inside a character, or the row is borrowed; two classes behind
+#: which a borrowed row says nothing, as in `token_sync`.
+CAREFUL = np.int64(-1 << 63)
+EXCEPTIONS = 0xFFFF
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
@@ -47,8 +52,9 @@ class Slots(NamedTuple):
     end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
     end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
     state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
-    synced      int64[num_slots]              from bit 32 on the row in `calm` that has the states;
-                                              negative = inside a character; -1 = `state` holds
+    synced      int64[num_slots]              what `calm_rows` says of the states: from bit 32 on a row
+                                              of `calm`. Negative = inside a character, or the row is
+                                              borrowed and `state` holds; -1 = no row, `state` holds
     pending     int64[num_slots]              unfinished character, see `utf8`
     events      int64[capacity, 2]            (row, rule) of every pattern that completed
     num_events  int64[1]                      counts also those beyond the capacity
@@ -215,11 +221,17 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 def settle(packed, packed_slots, slot):
     """Write down the states of a slot, if `Slots.synced` stands for them."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    if s.synced[slot] != -1:
-        p, row = s.policy[slot], (s.synced[slot] & ~INSIDE) >> 32
-        states, mine = row + t.calm_shape[5 * p + 1], slot * s.scratch.shape[0]
-        for k in range(t.policy_tracks[p + 1] - t.policy_tracks[p]):
-            s.state[mine + k] = t.calm[states + k]
+    mine = np.uintp(slot)
+    known = s.synced[mine]
+    if known != -1 and known & EXCEPTIONS == 0:
+        p = np.uintp(s.policy[mine])
+        row = np.uintp((known & ~CAREFUL) >> np.int64(32))
+        at = row + np.uintp(t.calm_shape[np.uintp(4) * p])
+        mine *= np.uintp(s.scratch.shape[0])
+        k, end = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
+        while k < end:
+            s.state[mine] = t.calm[at]
+            mine, at, k = mine + np.uintp(1), at + np.uintp(1), k + np.uintp(1)
 
 
 @borrowing
@@ -229,20 +241,21 @@ def _known(packed, packed_slots, slot, known):
     known = what it says of these very states already, whatever it says of a character; -1 = nothing.
     """
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    p = s.policy[slot]
-    if known == -1 and s.plain[slot]:
-        lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
-        mine = slot * s.scratch.shape[0]
-        state = s.state[mine]
-        place = (state - t.track_base[lo]) >> t.calm_shape[5 * p + 4]
-        if place < t.calm_shape[5 * p + 3]:
-            row = np.int64(t.calm_rows[t.calm_shape[5 * p + 2] + place])
-            if row >= 0 and (hi - lo == 1 or s.state[mine + 1] == state):  # one track and its twin
-                known = row << np.int64(32)
+    mine = np.uintp(slot)
+    if known == -1 and s.plain[mine]:
+        p = np.uintp(s.policy[mine])
+        lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
+        first, shape = mine * np.uintp(s.scratch.shape[0]), np.uintp(4) * p
+        state = s.state[first]
+        place = np.uintp((state - t.track_base[lo]) >> t.calm_shape[shape + np.uintp(3)])
+        if place < np.uintp(t.calm_shape[shape + np.uintp(2)]):
+            alone = hi - lo == np.uintp(1)
+            if alone or s.state[first + np.uintp(1)] == state:  # one track and its twin
+                known = t.calm_rows[np.uintp(t.calm_shape[shape + np.uintp(1)]) + place]
     if known == -1:
         return known
-    known &= ~INSIDE
-    return known | INSIDE if s.pending[slot] else known
+    known &= ~CAREFUL
+    return known | CAREFUL if s.pending[mine] or known & EXCEPTIONS else known
 
 
 @compiled
@@ -311,47 +324,62 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 
 
 @borrowing
-def _row_behind(packed, p, known, here):
+def _row_behind(packed, known, here):
     """What `Slots.synced` says behind a token, of its entry in `token_sync`; -1 = it is to be walked.
 
-    known = what it says before, with a row and no unfinished character.
+    known = what it says before, with a row, and not CAREFUL. Without a branch: which of the two kinds
+    of words a token needs is as hard to guess as the text.
     """
     t = unpack_tables(packed)
-    row, column = np.uintp(known >> np.int64(32)), np.uintp(here >> np.int64(32))
-    word = t.calm[row + (column >> np.uintp(5))]
-    if (word >> np.uint32(column & np.uintp(31))) & np.uint32(1):
-        return here << np.int64(32)
-    step = np.uintp(t.calm_shape[np.uintp(5) * p]) + column
-    if step < np.uintp(t.calm_shape[np.uintp(5) * p + np.uintp(1)]):
-        behind = t.calm[row + step]
-        if behind != np.uint32(NO_ROW):
-            return (np.int64(behind) << np.int64(32)) | (here << np.int64(32)) & INSIDE
-    return np.int64(-1)
+    word = t.calm[np.uintp(known >> np.int64(32)) + np.uintp(here >> np.int64(46))]
+    bit = np.uint32(here >> np.int64(32)) & np.uint32(31)
+    stepped = np.int64(word & np.uint32(STATE_MASK)) | here & np.int64(UNFINISHED_BIT)
+    behind = stepped if here & np.int64(STEP_BIT) else here
+    return behind << np.int64(32) if (word >> bit) & np.uint32(1) else np.int64(-1)
 
 
 @borrowing
-def _ending(packed, p, pending, token):
+def _continued(packed, p, pending, token):
     """What a token does that begins inside a character, if it says no more than that character.
 
-    Returns an entry as of `token_sync`, and what is unfinished behind.
+    Returns an entry as of `character_sync`, and what is unfinished behind. p, token: np.uintp.
     """
     t = unpack_tables(packed)
-    begin, end = t.raw_offsets[token], t.raw_offsets[token + 1]
-    code_point = np.int64(-1)
-    mapped = t.character_page[p * np.int64(CHARACTERS >> 8)] >= 0
-    while mapped and begin < end:
-        if code_point >= 0:
+    at, end = np.uintp(t.raw_offsets[token]), np.uintp(t.raw_offsets[token + np.uintp(1)])
+    here = np.int64(LOOK_CLOSER if t.token_special[token] else UNFINISHED)
+    while here == UNFINISHED and at < end:
+        number, byte = np.uintp(prefix_number(pending)), np.int64(t.raw_data[at])
+        if number >= np.uintp(NUM_PREFIXES) or byte & 0xC0 != 0x80:
             return np.int64(LOOK_CLOSER), pending
-        pending, broken, code_point = utf8_step(pending, np.int64(t.raw_data[begin]))
-        begin += 1
-        if broken:
-            return np.int64(LOOK_CLOSER), pending
-    if not mapped or code_point >= CHARACTERS:
-        return np.int64(LOOK_CLOSER), pending
-    if code_point < 0:
-        return np.int64(NO_BYTES), pending
-    page = np.int64(t.character_page[p * np.int64(CHARACTERS >> 8) + (code_point >> 8)])
-    return t.character_sync[page * 256 + (code_point & 0xFF)], pending
+        page = np.uintp(t.character_page[p * np.uintp(NUM_PREFIXES) + number])
+        here = t.character_sync[page + np.uintp(byte & 0x3F)]
+        pending = longer(pending, byte) if here == UNFINISHED else np.int64(0)
+        at += np.uintp(1)
+    return here if at == end else np.int64(LOOK_CLOSER), pending
+
+
+@borrowing
+def _careful(packed, packed_slots, p, slot, token):
+    """What a token does to a slot that is inside a character, or has a borrowed row or none.
+
+    Returns an entry as of `token_sync`, what `Slots.synced` says behind it, -1 = it is to be walked or
+    says that already, and what is unfinished there. p, slot, token: np.uintp.
+    """
+    t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    before, pending = s.synced[slot], s.pending[slot]
+    if pending:
+        here, pending = _continued(packed, p, pending, token)
+    else:
+        here = t.token_sync[p * np.uintp(t.token_special.shape[0]) + token]
+        pending = np.int64(t.token_pending[token])
+    synced, exceptions = np.int64(-1), before & EXCEPTIONS
+    if before != -1 and here != LOOK_CLOSER:
+        class_ = here >> np.int64(38) & 0xFF
+        if here == UNFINISHED or (exceptions and class_ == 0):
+            synced = before
+        elif not exceptions or (class_ != exceptions & 0xFF and class_ != exceptions >> 8):
+            synced = _row_behind(packed, before & ~CAREFUL, here)
+    return here, synced, pending
 
 
 @borrowing
@@ -421,7 +449,7 @@ def walk_kernel(call, slots, tokens):
     same bytes from the root goes on as that does, and where that leads is in `token_walk`. And mostly
     all tracks do so, from where all of them were: one bit in `calm` says it, however many they are;
     or the token is one byte, and `calm` says where that leads. A character that tokens cut in two is
-    looked up like a token when it is complete.
+    looked up like a token when it is complete, and a state without a row in `calm` borrows one.
 
     call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind
             the token, 0 = only look, and a token of -1 is none at all: if it is the last, that asks
@@ -462,12 +490,13 @@ def walk_kernel(call, slots, tokens):
         # Nearly every row: an ordinary token within the text that completes nothing. What this part
         # cannot settle, `_walk_row` does from the start.
         before = s.synced[slot]
-        settled = before >= 0 or (s.plain[slot] and s.pending[slot] == 0)
-        if settled and not ends_count:
-            p = np.uintp(s.policy[slot])
-            here = t.token_sync[p * np.uintp(num_tokens) + token]
-            if here >= 0 and before >= 0:
-                synced = _row_behind(packed, p, before, here)
+        settled = (before >= 0 or s.plain[slot]) and not ends_count
+        if settled:
+            p, synced = np.uintp(s.policy[slot]), np.int64(-1)
+            if before >= 0:
+                here = t.token_sync[p * np.uintp(num_tokens) + token]
+                if here >= 0:
+                    synced = _row_behind(packed, before, here)
                 if synced != -1:
                     if commit:
                         s.synced[slot] = synced
@@ -475,13 +504,21 @@ def walk_kernel(call, slots, tokens):
                             s.pending[slot] = t.token_pending[token]
                     s.best[row] = 0
                     continue
-            if here == NO_BYTES:
-                if commit:
-                    s.pending[slot] = t.token_pending[token]
-                    if s.pending[slot]:
-                        s.synced[slot] = before | INSIDE
-                s.best[row] = 0
-                continue
+            else:
+                here, synced, pending = _careful(packed, packed_slots, p, slot, token)
+                if synced != -1 or here == UNFINISHED:
+                    if commit:
+                        s.synced[slot], s.pending[slot] = synced, pending
+                    s.best[row] = 0
+                    continue
+                if s.pending[slot]:
+                    if not t.token_special[token] and _walk_inside(
+                        packed, packed_slots, np.int64(slot), np.int64(token), commit
+                    ):
+                        s.best[row] = 0
+                        continue
+                    settled = False
+        if settled:
             synced = here << np.int64(32) if here >= 0 else np.int64(-1)
             settle(packed, packed_slots, np.int64(slot))
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
@@ -534,24 +571,6 @@ def walk_kernel(call, slots, tokens):
             while commit and track > lo:  # take it back
                 track -= np.uintp(1)
                 s.state[mine + track - lo] = s.scratch[track - lo]
-        elif s.plain[slot] and not ends_count and not t.token_special[token]:
-            p = np.uintp(s.policy[slot])
-            here, pending = _ending(packed, np.int64(p), s.pending[slot], np.int64(token))
-            reached = before
-            if here != NO_BYTES and before != -1:
-                reached = np.int64(-1)
-                if here >= 0:
-                    reached = _row_behind(packed, p, before & ~INSIDE, here)
-            elif pending == 0 and before != -1:
-                reached = before & ~INSIDE
-            if here == NO_BYTES or reached != -1:
-                if commit:
-                    s.synced[slot], s.pending[slot] = reached, pending
-                s.best[row] = 0
-                continue
-            if _walk_inside(packed, packed_slots, np.int64(slot), np.int64(token), commit):
-                s.best[row] = 0
-                continue
         ends = np.int64(LAST) if ends_count and s.row_last[row] else np.int64(0)
         events = s.num_events[0]
         told = silent if call[SILENT] else np.int64(row)

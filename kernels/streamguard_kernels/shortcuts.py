@@ -7,8 +7,22 @@ from __future__ import annotations
 import numpy as np
 
 from streamguard_kernels.compiled import compiled
-from streamguard_kernels.tables import HIT_BIT, STATE_MASK, move, unpack_tables
-from streamguard_kernels.utf8 import MAX_MAPPED_BYTES, map_character
+from streamguard_kernels.tables import (
+    HIT_BIT,
+    LOOK_CLOSER,
+    STATE_MASK,
+    UNFINISHED,
+    move,
+    unpack_tables,
+)
+from streamguard_kernels.utf8 import (
+    CHARACTERS,
+    MAX_MAPPED_BYTES,
+    NUM_PREFIXES,
+    map_character,
+    prefix_number,
+    utf8_step,
+)
 
 
 @compiled
@@ -46,19 +60,19 @@ def first_classes(packed, track, tokens, width):
 
 
 @compiled
-def walk_characters(packed, track, num_characters, width):
+def walk_characters(packed, track, width):
     """As `walk_tokens` and `first_classes`, for the first characters, each as a text of its own.
 
-    Returns states int64[num_characters]: bit 31 = it completes a match or is a surrogate; and classes
-    int64[num_characters, width], -1 = there is none.
+    Returns states int64[CHARACTERS]: bit 31 = it completes a match or is a surrogate; and classes
+    int64[CHARACTERS, width], -1 = there is none.
     """
     t = unpack_tables(packed)
     form = t.mapping_form[t.track_mapping[track]]
     page_of = t.page_of[form * 0x1100 : (form + 1) * 0x1100]
     buffer = np.zeros(MAX_MAPPED_BYTES, np.uint8)
-    states = np.full(num_characters, HIT_BIT, np.int64)
-    classes = np.full((num_characters, width), -1, np.int64)
-    for code_point in range(num_characters):
+    states = np.full(CHARACTERS, HIT_BIT, np.int64)
+    classes = np.full((CHARACTERS, width), -1, np.int64)
+    for code_point in range(CHARACTERS):
         if 0xD800 <= code_point < 0xE000:
             continue
         n = map_character(code_point, page_of, t.entries, t.map_offsets, t.map_data, buffer)
@@ -72,6 +86,29 @@ def walk_characters(packed, track, num_characters, width):
                 classes[code_point, i] = class_
         states[code_point] = state | hit & HIT_BIT
     return states, classes
+
+
+@compiled
+def continue_characters():
+    """What each further byte makes of an unfinished character: int64[NUM_PREFIXES, 64].
+
+    By the low bits of the byte: a code point; UNFINISHED; LOOK_CLOSER = it breaks the character, or
+    there is none of this number.
+    """
+    behind = np.full((NUM_PREFIXES, 64), LOOK_CLOSER, np.int64)
+    found = [utf8_step(0, lead)[0] for lead in range(0xC2, 0xF5)]
+    while len(found):
+        pending = found.pop()
+        number = prefix_number(pending)
+        if number >= NUM_PREFIXES:
+            continue
+        for low in range(64):
+            longer, broken, code_point = utf8_step(pending, 0x80 | low)
+            if not broken:
+                behind[number, low] = code_point if code_point >= 0 else UNFINISHED
+                if code_point < 0:
+                    found.append(longer)
+    return behind
 
 
 @compiled

@@ -18,14 +18,10 @@ from streamguard_kernels.utf8 import BEFORE_NONWORD, SEPARATOR_BYTE
 
 STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
-#: Entries of `Tables.token_sync`.
-LOOK_CLOSER, NO_BYTES = -1, -2
-#: Characters below it have an entry in `Tables.character_sync`: two planes, emoji included.
-CHARACTERS = 0x20000
-#: Of `Tables.calm`: there is no such row.
-NO_ROW = 0xFFFFFFFF
-#: In `Tables.token_sync`: the token ends inside a character.
-UNFINISHED_BIT = 0x80000000
+#: Entries of `Tables.token_sync`; the second one of `Tables.character_sync` only.
+LOOK_CLOSER, UNFINISHED = -1, -2
+#: In `Tables.token_sync`: the token ends inside a character; its word of `calm` says the next row.
+UNFINISHED_BIT, STEP_BIT = 1 << 31, 1 << 37
 
 
 class Tables(NamedTuple):
@@ -74,27 +70,36 @@ class Tables(NamedTuple):
                                                 of its first mapped byte
     token_sync       int64[num_policies, num_tokens]  all tracks of a policy at once: where in `calm`
                                                 the row of the states behind the token begins; bit 31
-                                                = it ends inside a character; from bit 32 on the
-                                                column of its first classes; NO_BYTES = it maps to
-                                                nothing, LOOK_CLOSER = so in any track
+                                                = it ends inside a character; in five bits from bit
+                                                32 on which bit of a word of a row of `calm` says
+                                                that it may go on so, and from bit 46 on which word;
+                                                bit 37 = that word also says the row behind the token;
+                                                in a byte from bit 38 on, of policies of one track (and
+                                                its twin), 1 + its first class, 0 = it maps to nothing;
+                                                LOOK_CLOSER = so in any track
     calm             uint32[num_calm]           a row for each known combination of a policy's states.
-                                                First bits: whether from there the classes of a
-                                                column lead all tracks where they lead from the root,
-                                                and complete nothing; then so does all that follows.
-                                                Then for each of the first columns, whose tokens are
-                                                one class, the row behind it, or NO_ROW. Then the
-                                                states themselves, one a track
-    calm_shape       int64[num_policies, 5]     where in a row `calm` says the next row, and where the
-                                                states; where the policy begins in `calm_rows`, how
-                                                many places it has there, and a shift
-    calm_rows        int32[num_calm_places]     where the row of a state begins, -1 = it has none; of
-                                                policies of one track (and its twin). The place of a
-                                                state is its distance from the root shifted to the
-                                                right, which no other has
-    character_page   int32[num_policies, 512]   of a policy of one mapped track (and its twin): the page of
-                                                the next that a character below CHARACTERS is on; -1 =
-                                                none
-    character_sync   int64[num_pages * 256]     as `token_sync`, of characters that tokens cut in two
+                                                First bits, one for each column of first classes:
+                                                whether from there these lead all tracks where they
+                                                lead from the root, and complete nothing; then so does
+                                                all that follows. Then of a policy of one track (and
+                                                its twin) for each class the row behind it | bit 31,
+                                                or 0. Then the same of what maps to nothing: this row.
+                                                Then the states themselves, one a track
+    calm_shape       int64[num_policies, 4]     where in a row of `calm` the states are; where the
+                                                policy begins in `calm_rows`, how many places it has
+                                                there, and a shift
+    calm_rows        int64[num_calm_places]     of policies of one track (and its twin): from bit 32 on
+                                                where the row of a state begins, -1 = it has none. If it
+                                                is borrowed from another state, two bytes say 1 + the
+                                                classes behind which it does not hold, other than 0. The
+                                                place of a state is its distance from the root shifted
+                                                to the right, which no other has
+    character_page   int32[num_policies, NUM_PREFIXES]  where in the next the page of each unfinished
+                                                character begins; see `utf8.prefix_number`
+    character_sync   int64[num_pages * 64]      as `token_sync`, of the character that each further byte
+                                                makes whole; UNFINISHED = it takes more of them. The
+                                                first page says LOOK_CLOSER only: all that is not of a
+                                                policy of one mapped track (and its twin) is there
     token_pending    uint32[num_tokens]         unfinished character at the token's end
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
@@ -158,7 +163,7 @@ class Tables(NamedTuple):
 
 
 _TABLES = (
-    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l i i l u b l b l l l i i l b b"
+    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l l i l u b l b l l l i i l b b"
 )
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)

@@ -17,8 +17,18 @@ AFTER_NONWORD = 0xFE
 BEFORE_NONWORD = 0xFF
 #: What a run of separators is mapped to, where a mapping has them.
 SEPARATOR_BYTE = 0x20
+#: Characters below it can be looked up when they were cut in two: two planes, emoji included. The
+#: beginnings of them have a `prefix_number` below NUM_PREFIXES.
+CHARACTERS = 0x20000
+NUM_PREFIXES = 64 + 0x540 + 0x400
 #: Most bytes that one character maps to: the 18 letters and spaces of U+FDFA, with marks, fit.
 MAX_MAPPED_BYTES = 64
+
+
+@borrowing
+def longer(pending, byte):
+    """An unfinished character with one more byte."""
+    return (pending + (1 << 24)) | (byte << (8 * (pending >> 24)))
 
 
 @borrowing
@@ -45,7 +55,7 @@ def utf8_step(pending, byte):
         if low <= byte <= high:
             need = 2 if lead < 0xE0 else (3 if lead < 0xF0 else 4)
             if count + 1 < need:
-                return ((count + 1) << 24) | (pending & 0xFFFFFF) | (byte << (8 * count)), 0, -1
+                return longer(pending, byte), 0, -1
             if need == 2:
                 return 0, 0, ((lead & 0x1F) << 6) | (byte & 0x3F)
             second = (pending >> 8) & 0x3F
@@ -59,6 +69,19 @@ def utf8_step(pending, byte):
     if 0xC2 <= byte <= 0xF4:
         return (1 << 24) | byte, broken, -1
     return 0, broken, REPLACEMENT
+
+
+@borrowing
+def prefix_number(pending):
+    """The number of an unfinished character, which no other has, by count of bytes and these.
+
+    Without a branch, which would be guessed wrong often: tokens cut characters anywhere.
+    """
+    count, lead = pending >> 24, pending & 0xFF
+    two = (lead << 6) | ((pending >> 8) & 0x3F)
+    three = (two << 6) | ((pending >> 16) & 0x3F)
+    number = two - 0x3800 + 64 if count == 2 else three - 0xF0400 + 64 + 0x540
+    return lead - 0xC0 if count == 1 else number
 
 
 @borrowing

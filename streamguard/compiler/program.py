@@ -30,8 +30,8 @@ from streamguard_kernels.lookahead import (
 )
 from streamguard_kernels.packing import address
 from streamguard_kernels.shortcuts import walk_tokens
-from streamguard_kernels.tables import CHARACTERS, Tables, pack_tables
-from streamguard_kernels.utf8 import map_tokens
+from streamguard_kernels.tables import LOOK_CLOSER, Tables, pack_tables
+from streamguard_kernels.utf8 import NUM_PREFIXES, map_tokens
 
 #: A regex takes about as long to compile as so many literals.
 _REGEX = 30_000
@@ -420,9 +420,9 @@ def _join(
         token_walk=np.zeros((len(vocabulary), len(tracks)), np.int64),
         token_sync=np.zeros((len(policy_tracks) - 1, len(vocabulary)), np.int64),
         calm=np.zeros(0, np.uint32),
-        calm_shape=np.zeros((len(policy_tracks) - 1, 5), np.int64),
-        calm_rows=np.zeros(0, np.int32),
-        character_page=np.full((len(policy_tracks) - 1, CHARACTERS >> 8), -1, np.int32),
+        calm_shape=np.zeros((len(policy_tracks) - 1, 4), np.int64),
+        calm_rows=np.zeros(0, np.int64),
+        character_page=np.zeros((len(policy_tracks) - 1, NUM_PREFIXES), np.int32),
         character_sync=np.zeros(0, np.int64),
         token_pending=pending,
         token_special=vocabulary.special,
@@ -445,17 +445,21 @@ def _join(
             tables.token_walk[:, track] = tables.token_walk[:, track - 1]
         else:
             walk_tokens(address(packed), track, tables.token_walk)
-    calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int32)]
-    pages: dict[bytes, int] = {}
+    calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
+    pages = {np.full(64, LOOK_CLOSER, np.int64).tobytes(): 0}
     for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
         apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
-        found = synchronise(tables, address(packed), policy, apart, sum(map(len, calm)))
+        found = synchronise(
+            tables, address(packed), policy, apart, automata[tracks[lo][0]].failure,
+            sum(map(len, calm)),
+        )  # fmt: skip
         tables.calm_shape[policy] = found.shape
-        tables.calm_shape[policy, 2] = sum(map(len, calm_rows))
+        tables.calm_shape[policy, 1] = sum(map(len, calm_rows))
         calm.append(found.rows)
         calm_rows.append(found.at)
-        for page, entries in enumerate(found.characters.reshape(-1, 256)):
-            tables.character_page[policy, page] = pages.setdefault(entries.tobytes(), len(pages))
+        for number, entries in enumerate(found.characters):
+            page = pages.setdefault(entries.tobytes(), len(pages))
+            tables.character_page[policy, number] = 64 * page
     return tables._replace(
         calm=np.concatenate(calm),
         calm_rows=np.concatenate(calm_rows),

@@ -6,21 +6,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from streamguard_kernels.advance import EXCEPTIONS
 from streamguard_kernels.shortcuts import (
+    continue_characters,
     find_calm,
     find_steps,
     first_classes,
     walk_characters,
 )
 from streamguard_kernels.tables import (
-    CHARACTERS,
     LOOK_CLOSER,
-    NO_BYTES,
-    NO_ROW,
     STATE_MASK,
+    STEP_BIT,
     UNFINISHED_BIT,
     Tables,
 )
+from streamguard_kernels.utf8 import NUM_PREFIXES
 
 #: Most bytes of `Tables.calm` a policy, and how many of a token's first bytes are looked at, if they fit.
 CALM_BYTES = 2 << 20
@@ -28,6 +29,8 @@ WIDTHS = (4, 3, 2)
 #: Most bytes of `calm` for states that no token leads to from the root, and most places a policy.
 SHALLOW_BYTES = 1 << 20
 CALM_PLACES = 1 << 18
+#: In a word of `calm` that says a row: there is one.
+HAS_ROW = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,25 @@ class Calm:
     """What `synchronise` finds out of a policy. It stands at `begin` in `Tables.calm`.
 
     rows    uint32[num_rows * row_size].
-    at      int32[num_places] of `Tables.calm_rows`.
-    characters  int64[CHARACTERS] of `Tables.character_sync`, or empty.
+    at      int64[num_places] of `Tables.calm_rows`.
+    characters  int64[NUM_PREFIXES, 64] of `Tables.character_sync`.
     shape   the policy's `Tables.calm_shape`, but for where `at` begins.
     """
 
     rows: np.ndarray
     at: np.ndarray
     characters: np.ndarray
-    shape: tuple[int, int, int, int, int]
+    shape: tuple[int, int, int, int]
 
 
-def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, begin: int) -> Calm:
+def synchronise(
+    tables: Tables, packed: int, policy: int, tracks: np.ndarray, failure: np.ndarray, begin: int
+) -> Calm:
     """Fill in `Tables.token_sync` of a policy, and say what belongs into `calm` from `begin` on.
 
     tracks  int64[]: of the policy, without twins, which are in step with the track before them if
     both are in step with the root.
+    failure  int32[num_states]: links between the states of the first of them, as numbers.
     """
     walks = tables.token_walk[:, tracks]
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
@@ -59,7 +65,7 @@ def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, be
     single = len(tracks) == 1 and len(ordinary) > 0
     cut = single and tables.mapping_form[tables.track_mapping[tracks[0]]] >= 0
     if cut:
-        found, first = walk_characters(packed, int(tracks[0]), CHARACTERS, WIDTHS[0])
+        found, first = walk_characters(packed, int(tracks[0]), WIDTHS[0])
         quiet = np.flatnonzero((found <= STATE_MASK) & (first[:, 0] >= 0))
         ends = np.concatenate([ends, found[quiet].reshape(-1, 1)])
     states, row = _distinct_rows(ends)
@@ -73,43 +79,59 @@ def synchronise(tables: Tables, packed: int, policy: int, tracks: np.ndarray, be
     at, shift, num_steps = np.zeros(0, np.int32), 0, 0
     if single:
         if width > 1:  # what is one class long comes first
-            longer = classes[:, 1] >= 0
-            order = np.argsort(longer, kind="stable")
+            more = classes[:, 1] >= 0
+            order = np.argsort(more, kind="stable")
             classes, column = classes[order], np.argsort(order)[column]
-            num_steps = int((~longer).sum())
+            num_steps = int((~more).sum())
         states, at, shift = _with_shallow_states(tables, int(tracks[0]), states, len(classes))
-    bits = np.full((len(states), (len(classes) + 31) // 32), 0xFFFFFFFF, np.uint32)
+    longer = len(classes) - num_steps
+    bits = np.full((len(states), (longer + 31) // 32), 0xFFFFFFFF, np.uint32)
     for k, track in enumerate(tracks.tolist()):
         mine, which = np.unique(states[:, k], return_inverse=True)
-        columns = np.ascontiguousarray(classes[:, width * k : width * (k + 1)])
+        columns = np.ascontiguousarray(classes[num_steps:, width * k : width * (k + 1)])
         bits &= find_calm(packed, track, mine, columns)[which]
     lo, hi = tables.policy_tracks[policy : policy + 2].tolist()
     of_track = np.searchsorted(tracks, np.arange(lo, hi), "right") - 1  # twins have those before
-    size = bits.shape[1] + num_steps + hi - lo
-    next_rows = np.full((len(states), num_steps), NO_ROW, np.int64)
+    num_words = bits.shape[1]
+    size = num_words + num_steps + 1 + hi - lo
+    next_rows = np.zeros((len(states), num_steps + 1), np.int64)
+    next_rows[:, num_steps] = HAS_ROW | begin + np.arange(len(states)) * size
     if num_steps:
         behind = find_steps(packed, int(tracks[0]), states[:, 0], classes[:num_steps, 0].copy())
         place = (behind - tables.track_base[tracks[0]]) >> shift
         known = (behind >= 0) & (place < len(at))
         index = at[np.where(known, place, 0)]
-        next_rows = np.where(known & (index >= 0), begin + index.astype(np.int64) * size, NO_ROW)
+        next_rows[:, :num_steps] = np.where(
+            known & (index >= 0), HAS_ROW | begin + index.astype(np.int64) * size, 0
+        )
     rows = np.concatenate(
         [bits, next_rows.astype(np.uint32), states[:, of_track].astype(np.uint32)], axis=1
     )
+    # What `token_sync` says of a column: a word and a bit of it.
+    of_column = np.arange(len(classes)) - num_steps
+    steps = (num_words + np.arange(num_steps + 1)) << 46 | STEP_BIT | 31 << 32
+    of_column = (of_column >> 5) << 46 | (of_column & 31) << 32
+    of_column[:num_steps] = steps[:num_steps]
+    if single:
+        of_column |= (classes[:, 0] + 1) << 38
+    entries = (begin + row * size) | of_column[column]
     sync = tables.token_sync[policy]
     sync[:] = LOOK_CLOSER
     lengths = np.diff(tables.token_offsets[tables.track_mapping[tracks]])
-    sync[(lengths == 0).all(axis=0) & (tables.token_special == 0)] = NO_BYTES
-    unfinished = np.where(tables.token_pending[ordinary] != 0, UNFINISHED_BIT, 0)
-    entries = (begin + row * size) | column << 32
-    sync[ordinary] = entries[: len(ordinary)] | unfinished
-    characters = np.zeros(0, np.int64)
+    sync[(lengths == 0).all(axis=0) & (tables.token_special == 0)] = steps[num_steps]
+    sync[ordinary] = entries[: len(ordinary)]
+    sync[(sync >= 0) & (tables.token_pending != 0)] |= UNFINISHED_BIT
+    characters = np.full((NUM_PREFIXES, 64), LOOK_CLOSER, np.int64)
     if cut:
         nothing = (found <= STATE_MASK) & (first[:, 0] < 0)
-        characters = np.where(nothing, NO_BYTES, LOOK_CLOSER).astype(np.int64)
-        characters[quiet] = entries[len(ordinary) :]
-    at = np.where(at >= 0, begin + at * size, -1).astype(np.int32)
-    shape = (bits.shape[1], bits.shape[1] + num_steps, 0, len(at), shift)
+        whole = np.where(nothing, steps[num_steps], LOOK_CLOSER)
+        whole[quiet] = entries[len(ordinary) :]
+        characters = continue_characters()
+        characters = np.where(characters < 0, characters, whole[characters])
+    at = np.where(at >= 0, (begin + at.astype(np.int64) * size) << 32, -1)
+    if single:
+        at = _with_borrowed_rows(tables, int(tracks[0]), failure, at, shift)
+    shape = (num_words + num_steps + 1, 0, len(at), shift)
     return Calm(rows.reshape(-1), at, characters, shape)
 
 
@@ -136,14 +158,42 @@ def _with_shallow_states(
     return states, at, shift
 
 
+def _with_borrowed_rows(
+    tables: Tables, track: int, failure: np.ndarray, at: np.ndarray, shift: int
+) -> np.ndarray:
+    """`at` with rows for states that have none: of the next state on the failure path that has one.
+
+    They lead to the same states by all classes but those of the state's own children, mostly, and
+    where two classes at most differ they fit into the entry.
+    """
+    base, limit = int(tables.track_base[track]), int(tables.track_limit[track])
+    num_classes = int(tables.track_classes[track])
+    num_states = min((limit - base) // num_classes, len(failure), CALM_PLACES)
+    place = np.arange(num_states) * num_classes >> shift
+    place = place[place < CALM_PLACES]
+    at = np.pad(at, (0, max(0, int(place[-1]) + 1 - len(at))), constant_values=-1)
+    link = np.where(at[place] >= 0, np.arange(len(place)), failure[: len(place)])
+    while (link != link[link]).any():
+        link = link[link]
+    moves = tables.trans[base : base + len(place) * num_classes].reshape(-1, num_classes)
+    for low in range(0, len(place), 1 << 14):
+        mine = low + np.flatnonzero(at[place[low : low + (1 << 14)]] < 0)
+        differs = moves[mine] != moves[link[mine]]
+        first, last = differs.argmax(axis=1), num_classes - 1 - differs[:, ::-1].argmax(axis=1)
+        exceptions = np.where(differs.any(axis=1), first + 1 | last + 1 << 8, EXCEPTIONS)
+        fits = (differs.sum(axis=1) <= 2) & (at[place[link[mine]]] >= 0)
+        at[place[mine[fits]]] = at[place[link[mine[fits]]]] | exceptions[fits]
+    return at
+
+
 def _distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows of int64[num_rows, width], and which of them each row is.
+    """The distinct rows of int64[num_rows, width] in order of their first places, and which each is.
 
     By hash, since sorting whole rows takes ten times as long; a collision would be noticed.
     """
     factors = np.random.default_rng(0).integers(1, 1 << 62, rows.shape[1], np.int64) | 1
     _, first, which = np.unique(rows @ factors, return_index=True, return_inverse=True)
-    if (rows[first][which] == rows).all():
-        return np.ascontiguousarray(rows[first]), which
-    found, which = np.unique(rows, axis=0, return_inverse=True)
-    return found, which.reshape(-1)
+    if (rows[first][which] != rows).any():
+        _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return np.ascontiguousarray(rows[first[order]]), np.argsort(order)[which.reshape(-1)]

@@ -17,10 +17,13 @@ from streamguard.policy import NORMAL_FORMS
 from streamguard_kernels.utf8 import (
     AFTER_NONWORD,
     BEFORE_NONWORD,
+    CHARACTERS,
     MAX_MAPPED_BYTES,
+    NUM_PREFIXES,
     REPLACEMENT,
     map_character,
     map_tokens,
+    prefix_number,
     utf8_step,
 )
 
@@ -162,3 +165,18 @@ def test_tokens_map_each_on_its_own_with_their_unfinished_character(seed: int) -
 
 def test_replacement_is_what_python_puts_for_broken_bytes() -> None:
     assert chr(REPLACEMENT) == b"\xff".decode(errors="replace")
+
+
+def test_every_beginning_of_a_character_has_a_number_of_its_own() -> None:
+    numbers: dict[bytes, int] = {}
+    for code_point in range(0x80, 0x110000, 61):
+        if 0xD800 <= code_point < 0xE000:
+            continue
+        data, pending = chr(code_point).encode(), 0
+        for i, byte in enumerate(data[:-1]):
+            pending = utf8_step.py_func(pending, byte)[0]
+            number = prefix_number.py_func(pending)
+            assert numbers.setdefault(data[: i + 1], number) == number >= 0
+        assert (number < NUM_PREFIXES) == (code_point < CHARACTERS)
+    known = [number for number in numbers.values() if number < NUM_PREFIXES]
+    assert len(set(known)) == len(known) > 2_000
