@@ -28,8 +28,10 @@ STAMP = _stamp()
 def _with(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     def compiling(function: Callable[..., Any]) -> Any:
         kernel = njit(cache=True, nogil=True, **options)(function)
-        # No public way in numba 0.65; tests/kernels/test_compiled.py notices when it moves.
-        kernel._cache._cache_file._source_stamp = STAMP
+        # Of the cache's version, not of its source stamp: that is read behind the types of a kernel's
+        # arguments, and what another release's are made of may not be there any more. No public way
+        # in numba 0.65; tests/kernels/test_compiled.py notices when it moves.
+        kernel._cache._cache_file._version += f" {STAMP}"
         return kernel
 
     return compiling
