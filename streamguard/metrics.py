@@ -8,6 +8,7 @@ collector over them. The folder is new with every start, so no stale value survi
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from streamguard_kernels.probe import LOWEST
 
+logger = logging.getLogger("vllm.streamguard")
 _FOLDER = "STREAMGUARD_METRICS_DIR"
 _SHARED = "PROMETHEUS_MULTIPROC_DIR"
 _PREFIX = "streamguard-metrics-"
@@ -183,6 +185,11 @@ class WorkerMetrics:
             )
             self._scores = [scores.labels(name) for name in probes]
             self._errors = _errors("step")
+        columns = len(self._scores)
+        self._scored: tuple[Any, Any] = (
+            np.zeros((columns, len(SCORE_BOUNDS) + 1), np.int64),
+            np.zeros(columns),
+        )
         self._timed: deque[tuple[str, float]] = deque()
         self._decided: deque[int] = deque()
         self._more: list[Callable[[], None]] = []
@@ -205,9 +212,16 @@ class WorkerMetrics:
         self._errors.inc(count)
 
     def scores(self, counts: Any, sums: Any) -> None:
-        """Add scores that were counted elsewhere: int[num_columns, num_buckets] and float[num_columns]."""
-        for column, histogram in enumerate(self._scores):
-            _observe(histogram, counts[column], float(sums[column]))
+        """Take over scores that are counted elsewhere, from the worker's start on.
+
+        counts  int[num_columns, len(SCORE_BOUNDS) + 1]; sums float[num_columns], in units of the
+        score. Both are copied.
+        """
+        now = counts.copy(), sums.copy()
+        grown = [after - before for after, before in zip(now, self._scored, strict=True)]
+        for histogram, buckets, total in zip(self._scores, *grown, strict=True):
+            _observe(histogram, buckets, float(total))
+        self._scored = now
 
     def tokens(self, count: int) -> None:
         """Count tokens that a decision was made on: the last thing in every step."""
@@ -258,7 +272,10 @@ class WorkerMetrics:
                 time.sleep(_PUBLISH_S / 2)
                 if not self._stepped.is_set():
                     break
-            self.publish()
+            try:
+                self.publish()
+            except Exception:
+                logger.exception("streamguard: counts of some steps could not be written")
 
 
 def _drained(waiting: deque[Any]) -> Iterator[Any]:

@@ -48,8 +48,8 @@ class RowGuard:
         self._progress = [Progress() for _ in range(num_slots)]
         self._running = np.zeros(num_slots, bool)  # progress.rule is not None
         self._guarded = np.zeros(num_slots, bool)
-        self._masking: set[int] = set()
-        self._masks = [program.uses(MASK, p) for p in range(len(program.policies))]
+        self._masked_slots: set[int] = set()
+        self._policy_masks = [program.uses(MASK, p) for p in range(len(program.policies))]
         self._spare = np.zeros(len(program.vocabulary), bool)
         self._spare[list(codes.spare)] = True
         self._group = np.array([r.group for r in program.rules])
@@ -85,7 +85,9 @@ class RowGuard:
         )
         number = self.program.policies.index(policy)
         self._policy[slot], self._guarded[slot] = number, True
-        (self._masking.add if self._masks[number] else self._masking.discard)(slot)
+        self._masked_slots.discard(slot)
+        if self._policy_masks[number]:
+            self._masked_slots.add(slot)
         self._limit[slot], self._committed[slot] = max_tokens, 0
         self._progress[slot], self._running[slot] = Progress(), False
         if self.probe is not None:
@@ -119,9 +121,9 @@ class RowGuard:
         return self._committed[slots]
 
     @property
-    def masks(self) -> bool:
+    def has_masks(self) -> bool:
         """Whether any slot is under a policy with mask rules."""
-        return bool(self._masking)
+        return bool(self._masked_slots)
 
     def running_verdict(self, slot: int) -> int | None:
         """Global index of the rule whose script runs in the slot, if any."""
@@ -135,7 +137,7 @@ class RowGuard:
         """Stop matching in a slot: its rows never hit again."""
         self.session.release(slot)
         self._guarded[slot] = False
-        self._masking.discard(slot)
+        self._masked_slots.discard(slot)
         if self.probe is not None:
             self.probe.release(slot)
 

@@ -204,8 +204,9 @@ def _count_row(call, policy, stage, scores, row):
     m, s = _unpack_monitors(call[0]), _unpack_slots(call[1])
     num_columns = s.sums.shape[0]
     for column in range(num_columns):
-        if m.watched[policy * num_columns + column] & stage:
-            score = scores[row, column]
+        score = scores[row, column]
+        # A row that came again was not looked at, and need not be what it was.
+        if m.watched[policy * num_columns + column] & stage and np.isfinite(score):
             bucket = min(max(np.ceil(score) - LOWEST, 0), NUM_BUCKETS - 1)
             s.counts[column * NUM_BUCKETS + np.int64(bucket)] += 1
             s.sums[column] += score

@@ -13,15 +13,17 @@ from streamguard_kernels.compiled import compiled
 def count_tokens(slots, tokens, committed, running, spare):
     """Count committed tokens by slot; return whether some may be of a script.
 
-    slots, tokens  int64[num_rows]; those out of range are not counted, the matcher refuses them.
+    slots, tokens  int64[num_rows]. A token out of range, which the matcher refuses, is counted too:
+                   else it would come again with the next step, and fail the whole batch again.
     committed      int64[num_slots], in/out; running bool[num_slots]: a script runs.
     spare          bool[num_tokens]: tokens that scripts begin with.
     """
     scripted = False
     for i in range(slots.shape[0]):
-        if 0 <= slots[i] < committed.shape[0] and 0 <= tokens[i] < spare.shape[0]:
-            committed[slots[i]] += 1
-            scripted |= running[slots[i]] or spare[tokens[i]]
+        slot, token = slots[i], tokens[i]
+        if 0 <= slot < committed.shape[0]:
+            committed[slot] += 1
+            scripted |= running[slot] or (0 <= token < spare.shape[0] and spare[token])
     return scripted
 
 

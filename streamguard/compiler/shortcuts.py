@@ -113,6 +113,7 @@ def synchronise(
     of_column = (of_column >> 5) << 46 | (of_column & 31) << 32
     of_column[:num_steps] = steps[:num_steps]
     if single:
+        assert classes.max() < 0xFE  # what is not UTF-8 is in no pattern: 246 classes at most
         of_column |= (classes[:, 0] + 1) << 38
     entries = (begin + row * size) | of_column[column]
     sync = tables.token_sync[policy]

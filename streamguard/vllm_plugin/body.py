@@ -19,6 +19,7 @@ from streamguard.vllm_plugin.requests import Admission
 from streamguard.vllm_plugin.settings import Context
 
 logger = logging.getLogger("vllm.streamguard")
+#: Rows of a batch, or their slots.
 Numbers = NDArray[np.int64]
 
 
@@ -95,7 +96,7 @@ class Body(Attached):
 
         rows, slots  int64[n]: of the guarded rows, here and below.
         """
-        if not self.guard.masks or not self.guard.session.needs_mask(slots).any():
+        if not self.guard.has_masks or not self.guard.session.needs_mask(slots).any():
             return
         try:
             with self.metrics.timed("mask"):
@@ -116,15 +117,7 @@ class Body(Attached):
         super().watch(probing)
         monitor = self.guard.probe
         assert monitor is not None
-        counts, sums = np.zeros_like(monitor.counts), np.zeros_like(monitor.sums)
-
-        def publish() -> None:
-            nonlocal counts, sums
-            counts_now, sums_now = monitor.counts.copy(), monitor.sums.copy()
-            self.metrics.scores(counts_now - counts, sums_now - sums)
-            counts, sums = counts_now, sums_now
-
-        self.metrics.also_publish(publish)
+        self.metrics.also_publish(lambda: self.metrics.scores(monitor.counts, monitor.sums))
 
     def read_scores(
         self,
@@ -253,7 +246,7 @@ class Body(Attached):
         self, logits: torch.Tensor, rows: Numbers, slots: Numbers, sampled: Numbers
     ) -> NDArray[np.bool_] | None:
         """Rows in which nothing was possible: a sampler returns a token of logit -inf there."""
-        if not self.guard.masks:
+        if not self.guard.has_masks:
             return None
         masked = self.guard.session.needs_mask(slots)
         if not masked.any():

@@ -57,8 +57,7 @@ class Probing:
         self.last = torch.zeros(1, dtype=torch.int64, device=worker.device)
         # On the host the same memory as arrays: each torch operation costs some 20 µs in a step.
         on_host = self.tap.steps.device.type == "cpu"
-        self._steps = self.tap.steps.numpy() if on_host else None
-        self._last = self.last.numpy() if on_host else None
+        self._counters = [self.tap.steps.numpy(), self.last.numpy()] if on_host else None
         self._scores = self.tap.scores.numpy() if on_host else None
 
     def begin(self) -> None:
@@ -67,11 +66,11 @@ class Probing:
         From zero in each step: a pass without requests (data parallelism) must not stand in for one
         in which the op is missing, and a second pass would have overwritten the scores.
         """
-        if self._steps is None or self._last is None:
+        if self._counters is None:
             torch._foreach_zero_([self.tap.steps, self.last])
-        else:
-            self._steps.fill(0)
-            self._last.fill(0)
+            return
+        for counter in self._counters:
+            counter.fill(0)
 
     def counter(self) -> torch.Tensor:
         """int64[1] on the device: how often the op ran that ran least in this forward pass."""
@@ -82,7 +81,7 @@ class Probing:
 
     def ran(self) -> bool:
         """Whether every op ran exactly once since the forward pass began. Waits for the device."""
-        steps = self.tap.steps if self._steps is None else self._steps
+        steps = self.tap.steps if self._counters is None else self._counters[0]
         return all(count == 1 for count in steps.tolist())
 
     def scores(self, num_rows: int) -> NDArray[np.float32]:

@@ -137,7 +137,7 @@ class V2Body(Attached):
         self.input_batch: Any = None  # of the step under way
         self._device_probes: _DeviceProbes | None = None
         self._published = np.zeros(len(table.rules), np.int64)
-        self._published_probes: list[np.ndarray] | None = None
+        self._published_failures = 0
         self._stepped = threading.Event()
         if self._device.type != "cpu":
             threading.Thread(target=self._publish_forever, daemon=True).start()
@@ -335,15 +335,15 @@ class V2Body(Attached):
     def _publish(self, counted: list[np.ndarray]) -> None:
         counts, *probes = counted
         if probes:
-            before = self._published_probes or [np.zeros_like(array) for array in probes]
-            buckets, sums, failures = (now - then for now, then in zip(probes, before, strict=True))
-            self._published_probes = probes
+            buckets, sums, failures = probes
             self.metrics.scores(buckets, sums)
-            if failures[0]:
-                self.metrics.error(int(failures[0]))
+            failed = int(failures[0]) - self._published_failures
+            self._published_failures = int(failures[0])
+            if failed:
+                self.metrics.error(failed)
                 logger.error(
                     "streamguard: probes: scores of %d responses are missing, NaN or infinite, or "
-                    "the tap did not run; on_error decided for them", failures[0],
+                    "the tap did not run; on_error decided for them", failed,
                 )  # fmt: skip
         for rule in np.flatnonzero(counts != self._published):
             grown = int(counts[rule] - self._published[rule])

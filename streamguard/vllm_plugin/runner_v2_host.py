@@ -83,8 +83,6 @@ class V2HostBody(Body):
             return
         total = self._requests.total_len.gpu.cpu().numpy()
         commits = pos.cpu().numpy() + 1 >= total[every]
-        guarded = np.zeros(len(every), bool)
-        guarded[rows] = True
         request_ids = self._request_ids(every)
         if self.probing is not None:
             batch = self.input_batch
@@ -92,7 +90,7 @@ class V2HostBody(Body):
                 idx_mapping.astype(np.int64),
                 batch.num_computed_tokens_np[: len(every)],
                 batch.query_start_loc_np[: len(every) + 1],
-                commits & guarded,
+                commits,
                 request_ids,
             )
         with self.metrics.timed("decide"):

@@ -302,7 +302,7 @@ if MRV2:
         )  # of its own thread on a device
         monkeypatch.setattr(mine, "_counted", list)
         monkeypatch.setattr(mine, "_policy", np.zeros(8, np.int64))
-        monkeypatch.setattr(mine.probing, "_steps", None)  # as on a device
+        monkeypatch.setattr(mine.probing, "_counters", None)  # as on a device
         with Recorder() as ran:
             mine.probing.begin()
             mine.after_sample(row[:3], None, row[:3], np.arange(3), row[:3], np.zeros(3))

@@ -358,6 +358,9 @@ def test_newest_scores_of_rows_that_commit_are_counted_by_column(tmp_path: Path)
     expected = np.bincount(np.searchsorted(bounds, counted), minlength=len(bounds) + 1)
     assert guard.probe.counts.tolist() == [expected.tolist()]
     assert guard.probe.sums.tolist() == [pytest.approx(sum(counted))]
+    last = 2 + len(newest) - 1
+    assert not feed(guard, 0, last, float("nan"), commits=True)  # came again: not read, not counted
+    assert guard.probe.counts.tolist() == [expected.tolist()]
 
 
 def test_policies_without_probes_have_no_monitor(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binom, binomtest
 from score_schedule import statistics
 
 from streamguard.errors import ProbeError
@@ -94,11 +95,10 @@ def test_bad_statistics_are_refused(arguments: dict, said: str) -> None:
 def test_the_allowed_number_of_alarms_is_the_exact_binomial_bound(
     count: int, fpr: float, confidence: float
 ) -> None:
-    scipy = pytest.importorskip("scipy.stats")
     most = allowed_alarms(count, fpr, confidence)
     if most >= 0:
-        assert scipy.binom.cdf(most, count, fpr) <= 1 - confidence + 1e-9
-    assert scipy.binom.cdf(most + 1, count, fpr) > 1 - confidence - 1e-9
+        assert binom.cdf(most, count, fpr) <= 1 - confidence + 1e-9
+    assert binom.cdf(most + 1, count, fpr) > 1 - confidence - 1e-9
     assert (most >= 0) == (count >= needed_benign(fpr, confidence))
 
 
@@ -128,8 +128,7 @@ def test_too_few_benign_texts_are_refused_with_how_many_it_takes() -> None:
 
 @given(st.integers(1, 300), st.data())
 def test_intervals_of_rates_are_clopper_and_pearsons(count: int, data: st.DataObject) -> None:
-    scipy = pytest.importorskip("scipy.stats")
     alarms = data.draw(st.integers(0, count))
     found = realised_bounds(alarms, count)
-    wanted = scipy.binomtest(alarms, count).proportion_ci(0.95, "exact")
+    wanted = binomtest(alarms, count).proportion_ci(0.95, "exact")
     assert found == pytest.approx((wanted.low, wanted.high), abs=1e-6)
