@@ -35,6 +35,12 @@ Activations = Annotated[
         show_default=False,
     ),
 ]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=16, help="Tokens of a response that are read; all of them, as in serving, if not given."
+    ),
+]
 EngineOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -155,6 +161,7 @@ def calibrate_command(
         typer.Option("--benign", "-b", metavar="FILE", help="Benign items; may be repeated."),
     ],
     output: Output,
+    max_tokens: MaxTokens = None,
     activations: Activations = None,
     lenient: Lenient = False,
     engine: EngineOptions = None,
@@ -163,7 +170,9 @@ def calibrate_command(
 
     A rule's `threshold: {fpr: 0.01}` means the share of benign texts that are halted. It holds for
     texts like those that the probe was calibrated with, so give it yours: JSONL with prompt and
-    response; no labels are needed. 45 items can show an FPR of 5% at 90% confidence, 230 one of 1%.
+    response; no labels are needed. Responses are read to their ends, as they are when served: a
+    long one has more occasions to reach a threshold than a short one. 45 items can show an FPR of 5%
+    at 90% confidence, 230 one of 1%.
 
     \b
     Example:
@@ -183,8 +192,9 @@ def calibrate_command(
         )
     with _folder(activations) as folder:
         made = calibrate(
-            loaded, ServedModel(model), data, folder, engine_options=_options(engine), step=_step
-        )
+            loaded, ServedModel(model), data, folder, max_tokens=max_tokens,
+            engine_options=_options(engine), step=_step,
+        )  # fmt: skip
     made.save(output)
     _summary(made, output)
 
@@ -204,6 +214,7 @@ def eval_command(
         Path | None, typer.Option(metavar="DIR", help="Write an HTML report with plots here.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    max_tokens: MaxTokens = None,
     activations: Activations = None,
     lenient: Lenient = False,
     engine: EngineOptions = None,
@@ -229,7 +240,7 @@ def eval_command(
     fitting = _read(train, lenient).items if train else ()
     with _folder(activations) as folder:
         measured, differences = judge(
-            loaded, ServedModel(model), read, folder, train=fitting,
+            loaded, ServedModel(model), read, folder, train=fitting, max_tokens=max_tokens,
             engine_options=_options(engine), step=_step,
         )  # fmt: skip
     if report is not None:
@@ -299,8 +310,10 @@ def _summary(probe: Any, path: Path) -> None:
         rows.append(row)
     columns = ("head", "statistic", "benign texts", "FPR .1%", "FPR 1%", "FPR 5%")
     print_table(columns, rows)
+    read = card.read_tokens
     print(
-        f"thresholds hold with {DEFAULT_CONFIDENCE:.0%} confidence, for texts like the benign ones"
+        f"thresholds hold with {DEFAULT_CONFIDENCE:.0%} confidence, for texts like the benign ones, "
+        + ("which were read to their ends" if read is None else f"of {read:,} tokens at most")
     )
     figures = card.metrics
     if figures:

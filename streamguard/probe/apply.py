@@ -49,12 +49,15 @@ def calibrate(
     data: Data,
     folder: Path,
     *,
+    max_tokens: int | None = None,
     engine_options: dict[str, Any] | None = None,
     step: Step = quiet,
 ) -> Probe:
     """The probe with thresholds from other benign texts: those that it is to let pass.
 
     data    harmful items in it are left out. folder: for scores, 4 bytes a token and head.
+    max_tokens  tokens of a response that are read; None = all of them, as when it is served: the
+            longer a response, the more occasions has its statistic to reach a threshold.
     Raises ProbeError for another model, or too few benign items for any usual rate.
     """
     check_model(probe, model)
@@ -65,14 +68,7 @@ def calibrate(
             f"at least {needed_benign(0.05, DEFAULT_CONFIDENCE)} are needed to show an FPR of 5%, "
             f"{needed_benign(0.01, DEFAULT_CONFIDENCE)} for 1%. Give more benign items."
         )
-    options = _limits(probe.card)
-    texts = list(
-        encode(
-            items, model.tokenizer,
-            max_prompt=options.max_prompt, max_response=options.max_response,
-            stage=probe.card.stage,
-        )
-    )  # fmt: skip
+    texts = _whole(items, model, max_tokens, probe.card.stage)
     rows = _scores(probe, model, texts, folder, engine_options, step)
     pool = Pool(texts, rows.offsets, np.zeros((len(texts), 1), np.int8), [], rows.array)
     every = np.arange(len(texts))
@@ -82,7 +78,8 @@ def calibrate(
         )
         for column, head in enumerate(probe.heads)
     }
-    files = tuple(card for card in probe.card.data if card.role != "calibration") + data.files
+    files = tuple(card for card in probe.card.data if card.role != "calibration")
+    files += tuple(card.model_copy(update={"max_tokens": max_tokens}) for card in data.files)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return replace(
         probe, card=probe.card.model_copy(update={"data": files, "date": today}), benign=benign
@@ -96,16 +93,18 @@ def judge(
     folder: Path,
     *,
     train: Sequence[Item] = (),
+    max_tokens: int | None = None,
     engine_options: dict[str, Any] | None = None,
     step: Step = quiet,
 ) -> tuple[Measured, list[str] | None]:
     """Figures of a probe on labelled items, read anew through vLLM.
 
     Where the files are those of its fit, only the items that the fit kept from training are judged,
-    with the same spliced texts, and the second value says where the card's figures differ (nothing:
-    they are reproduced). Otherwise all items are judged and it is None.
+    as far as it read them, with the same spliced texts, and the second value says where the card's
+    figures differ (nothing: they are reproduced). Otherwise all items are judged and it is None.
 
-    train   items to fit the baselines on; those of the fit if the files are its own.
+    train       items to fit the baselines on; those of the fit if the files are its own.
+    max_tokens  tokens of a response of other files that are read; None = all of them.
     """
     check_model(probe, model)
     fitted = {card.sha256 for card in probe.card.data if card.role == "fit"}
@@ -120,12 +119,7 @@ def judge(
     else:
         items = list(data.items)
         _, labels = heads_of(items, probe.heads[0], categories=False)
-        texts = list(
-            encode(
-                items, model.tokenizer,
-                max_prompt=options.max_prompt, max_response=options.max_response,
-            )
-        )  # fmt: skip
+        texts = _whole(items, model, max_tokens)
         plain = len(texts)
         texts += _spliced(texts, options)
     rows = _scores(probe, model, texts, folder, engine_options, step)
@@ -151,6 +145,15 @@ def judge(
     measured.results["held_out"] = held_out(measured.results, options.hold_out)
     card = {k: v for k, v in probe.card.metrics.items() if k != "localisation_without_splices"}
     return measured, reproduces(card, measured.results, TOLERANCE)
+
+
+def _whole(
+    items: Sequence[Item], model: ServedModel, max_tokens: int | None, stage: str = "output"
+) -> list[Text]:
+    """Items as they are read when served: whole, each half as long as the model's context at most."""
+    half = model.context // 2
+    longest = half if max_tokens is None else min(half, max_tokens)
+    return list(encode(items, model.tokenizer, max_prompt=half, max_response=longest, stage=stage))
 
 
 def _limits(card: Card) -> FitOptions:
@@ -184,9 +187,8 @@ def _scores(
     engine_options: dict[str, Any] | None,
     step: Step,
 ) -> collect.Rows:
-    options = _limits(probe.card)
-    longest = options.max_prompt + options.max_response + 2
-    engine = collect.Engine(model.name, longest, dict(engine_options or {}))
+    longest = max(len(text.prompt) + len(text.response) for text in texts)
+    engine = collect.Engine(model.name, longest + 1, dict(engine_options or {}))
     try:
         with step("reading scores", collect.num_tokens(texts)) as progress:
             return collect.scores(

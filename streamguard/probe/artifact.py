@@ -66,7 +66,10 @@ class HeadCard(_Schema):
 
 
 class DataCard(_Schema):
-    """A file that the probe was fitted on or calibrated with. It is not part of the probe."""
+    """A file that the probe was fitted on or calibrated with. It is not part of the probe.
+
+    max_tokens  tokens of a response that a calibration read at most, None = all of them.
+    """
 
     name: str
     sha256: str
@@ -75,6 +78,7 @@ class DataCard(_Schema):
     positive: int
     sources: dict[str, int] = {}
     licences: dict[str, int] = {}
+    max_tokens: int | None = None
 
 
 class Card(_Schema):
@@ -95,6 +99,13 @@ class Card(_Schema):
     data: tuple[DataCard, ...] = ()
     training: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
+
+    @property
+    def read_tokens(self) -> int | None:
+        """Most tokens of the benign responses behind the thresholds; None = they were read whole."""
+        again = [card.max_tokens for card in self.data if card.role == "calibration"]
+        fitted: int | None = self.training.get("options", {}).get("max_response")
+        return again[0] if again else fitted
 
 
 @dataclass(frozen=True)

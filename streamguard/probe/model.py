@@ -12,6 +12,9 @@ from streamguard.errors import ProbeError
 from streamguard.probe.artifact import ModelCard
 from streamguard.probe.fingerprint import model_fingerprint
 
+#: Of models whose configuration names none (positions without a table).
+_USUAL_CONTEXT = 4096
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -36,6 +39,11 @@ class ServedModel:
             raise ProbeError(
                 f"{self.name}: {_first_line(error)} Name a model that vLLM serves."
             ) from None
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text that it is made for."""
+        return int(getattr(self.config, "max_position_embeddings", None) or _USUAL_CONTEXT)
 
     @cached_property
     def tokenizer(self) -> Any:

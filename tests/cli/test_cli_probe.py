@@ -140,6 +140,24 @@ def test_calibration_takes_thresholds_from_texts_without_labels(
     assert (after.weight == before.weight).all()
 
 
+def test_calibration_reads_responses_as_far_as_serving_does(fitted: Fit, tmp_path: Path) -> None:
+    """The fit read 80 tokens; what stands behind them in an operator's texts counts all the same."""
+    calm = [row for row in items(120, 4) if not row["label"]]
+    for row in calm:
+        row["response"] = " ".join([row["response"]] * 8 + WORDS[1] * 2)
+    data, scores = write(tmp_path / "long.jsonl", calm), {}
+    for name, more in (("whole", ()), ("cut", ("--max-tokens", 80))):
+        made = tmp_path / f"{name}.safetensors"
+        done = engine_command(
+            "calibrate", fitted.probe, "-m", fitted.model, "--benign", data, "-o", made, *more
+        )
+        assert done.returncode == 0, done.stderr
+        said = "of 80 tokens at most" if more else "read to their ends"
+        assert said in done.stdout
+        scores[name] = Probe.load(made).benign["harm"]
+    assert scores["whole"].min() > scores["cut"].max()
+
+
 def test_a_cut_off_fit_goes_on_where_it_was(fitted: Fit, tmp_path: Path) -> None:
     # Everything but the last text is there: the second fit is the first one's equal.
     done_file = fitted.folder / "activations" / "fit" / "done.bin"
