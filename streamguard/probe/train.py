@@ -14,6 +14,9 @@ from streamguard.errors import ProbeError
 from streamguard.probe.texts import Text
 
 LOSSES = ("token", "mean", "window")
+#: What spliced texts weigh within the benign pieces and within the harmful ones, however many they
+#: are beside the others: without them a probe learns openings, with more of them sources apart suffer.
+SPLICED_SHARE = (0.3, 0.5)
 _CHUNK = 1 << 16
 
 
@@ -51,9 +54,10 @@ def segments(
              its other tokens are 0 for every head.
     sources  where each text comes from. chosen: the texts to take.
 
-    Each class of a head weighs the same in all; within a class a source weighs as the square root of
-    its number of segments, and each segment of a source the same, long or short: otherwise the
-    largest set and its longest answers would decide.
+    Each class of a head weighs the same in all; in a class spliced texts weigh SPLICED_SHARE, if there
+    are any; within these and within the others a source weighs as the square root of its number of
+    segments, and each segment of a source the same, long or short: otherwise the largest set and its
+    longest answers would decide.
     """
     begin, end, rows, text_of = [], [], [], []
     for i in chosen.tolist():
@@ -69,13 +73,15 @@ def segments(
         raise ProbeError("no text to train on has a token. Give responses that are not empty.")
     label = np.array(rows, np.int8)
     source = np.array([sources[i] for i in text_of])
+    spliced = np.array([texts[i].onset >= 0 for i in text_of])
     weight = np.zeros(label.shape, np.float32)
     for head in range(label.shape[1]):
-        for value in (0, 1):
+        for value, share in enumerate(SPLICED_SHARE):
             of_class = label[:, head] == value
-            names, counts = np.unique(source[of_class], return_counts=True)
-            for name, count in zip(names, counts, strict=True):
-                weight[of_class & (source == name), head] = count**-0.5
+            for part, weighs in ((of_class & spliced, share), (of_class & ~spliced, 1 - share)):
+                _, which, counts = np.unique(source[part], return_inverse=True, return_counts=True)
+                each = counts[which] ** -0.5
+                weight[part, head] = weighs * each / each.sum()
             if of_class.any():
                 weight[of_class, head] *= len(label) / 2 / weight[of_class, head].sum()
     arrays = (np.array(begin, np.int64), np.array(end, np.int64))

@@ -11,7 +11,7 @@ from streamguard.errors import ProbeError
 from streamguard.probe import choose
 from streamguard.probe.pool import Pool, drawn, heads_of
 from streamguard.probe.texts import Text, splices
-from streamguard.probe.train import LOSSES, LinearProbe, as_float, segments
+from streamguard.probe.train import LOSSES, SPLICED_SHARE, LinearProbe, as_float, segments
 
 HIDDEN = 16
 
@@ -101,6 +101,19 @@ def test_classes_weigh_the_same_and_sources_by_the_root_of_their_size() -> None:
     small = np.array([sources[i] == "small" for i in parts.text])
     ratio = parts.weight[harmful & ~small].sum() / parts.weight[harmful & small].sum()
     assert ratio == pytest.approx(2.0, rel=1e-3)  # the root of 4
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_spliced_texts_weigh_the_same_however_many_they_are(count: int) -> None:
+    rng = np.random.default_rng(0)
+    plain = texts(rng, 80)
+    calm, bad = list(range(1, 80, 2)), list(range(0, 80, 2))
+    made = plain + splices(plain, calm, bad, count=count, max_response=90, rng=rng)
+    parts = pool(made, rng).segments(np.arange(len(made)))
+    spliced = np.array([made[i].onset >= 0 for i in parts.text])
+    for label, share in enumerate(SPLICED_SHARE):
+        mine = parts.label[:, 0] == label
+        assert parts.weight[mine & spliced].sum() / parts.weight[mine].sum() == pytest.approx(share)
 
 
 def test_training_on_nan_says_so() -> None:
