@@ -17,6 +17,7 @@ from streamguard.probe.choose import area
 from streamguard.probe.evaluate import Scored, evaluate
 from streamguard.probe.items import Item
 from streamguard.probe.pool import Index, Pool
+from streamguard.probe.threshold import just_above
 
 #: Beside the baselines: the mean of a text's scores, what they say of it once all of it was sent.
 MEAN_SCORE = "mean of all its scores"
@@ -108,8 +109,7 @@ def localisation(
     if not len(spliced) or len(benign) < 1 / FPR:
         return {}
     calm = np.sort(aggregation.peaks(*pool.of(scores, benign)))[::-1]
-    limit = calm[int(FPR * len(calm))]
-    threshold = float(np.nextafter(limit, np.float32(np.inf), dtype=np.float32))
+    threshold = just_above(calm[int(FPR * len(calm))])
     flat, offsets = pool.of(scores, spliced)
     alarm = aggregation.alarms(flat, offsets, threshold)
     delay = alarm - np.array([pool.texts[i].onset for i in spliced])

@@ -66,7 +66,18 @@ def threshold_for(
         )
     highest_first = np.sort(benign)[::-1]
     # Texts that reach the threshold are halted: it lies just above the first one that must not be.
-    return float(np.nextafter(highest_first[most], np.float32(np.inf), dtype=np.float32))
+    return just_above(highest_first[most])
+
+
+def just_above(statistic: np.float32) -> float:
+    """The lowest threshold that a statistic of this value does not reach.
+
+    Never a subnormal number, as the next one above 0 is, where the peak of a CUSUM mostly lies:
+    hardware that takes these for 0 would halt every text.
+    """
+    above = np.nextafter(statistic, np.float32(np.inf), dtype=np.float32)
+    least = np.finfo(np.float32).tiny
+    return float(least if abs(above) < least else above)
 
 
 def realised_bounds(alarms: int, count: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -117,6 +117,14 @@ def test_ties_with_the_threshold_are_not_halted() -> None:
     assert (benign >= threshold_for(benign, 0.05)).mean() <= 0.05
 
 
+@pytest.mark.parametrize("peak", [0.0, -1e-45, 1e-40, -np.finfo(np.float32).tiny])
+def test_a_threshold_stays_above_its_texts_where_subnormal_numbers_are_zero(peak: float) -> None:
+    benign = np.full(100, peak, np.float32)
+    threshold = np.float32(threshold_for(benign, 0.05))
+    assert threshold >= np.finfo(np.float32).tiny
+    assert (benign < threshold).all()
+
+
 def test_too_few_benign_texts_are_refused_with_how_many_it_takes() -> None:
     with pytest.raises(ProbeError, match=r"100 benign texts cannot show an FPR of 0.01.*230"):
         threshold_for(np.zeros(100, np.float32), 0.01)
