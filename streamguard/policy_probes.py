@@ -166,6 +166,14 @@ def _threshold(
                 f"reaches another, or every one does. Give threshold: {{fpr: 0.01}} or a number."
             )
             return None
+        statistic = probe.aggregation(head) if head is not None else None
+        if statistic is not None and statistic.never_negative and given <= 0:
+            problems.add(
+                f"{place}threshold is {show(given)}, but the statistic of {rule.probe} ({statistic}) "
+                f"is never below 0, so every text would reach it at once. Give threshold: "
+                f"{{fpr: 0.01}} or a number above 0."
+            )
+            return None
         return float(given), None, DEFAULT_CONFIDENCE
     asked = validate(ThresholdSchema, given, f"{place}threshold: ", problems)
     if asked is None or head is None:

@@ -44,6 +44,11 @@ class Aggregation:
             raise ProbeError(f"aggregation warmup is {self.warmup}; allowed: 1 token or more.")
 
     @property
+    def never_negative(self) -> bool:
+        """Whether the statistic starts at 0 and never falls below."""
+        return self.kind in ("ema", "cusum")
+
+    @property
     def code(self) -> int:
         """The kind as the kernels number it."""
         return KINDS.index(self.kind)

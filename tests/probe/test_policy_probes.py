@@ -78,6 +78,16 @@ def test_a_threshold_may_be_asked_for_by_its_share_of_benign_texts(tmp_path: Pat
         assert (probe.benign["harm"] >= np.float32(found.threshold)).mean() <= 0.02
 
 
+@pytest.mark.parametrize(("head", "threshold"), [("vcr", 0), ("sxc", -2.5)])
+def test_a_threshold_that_every_text_reaches_at_once_is_refused(
+    tmp_path: Path, head: str, threshold: float
+) -> None:
+    save_probe(tmp_path, heads=TWO)
+    said = refusal(tmp_path, rule(head=head, threshold=threshold))
+    for part in (f"threshold is {threshold}", "is never below 0", "{fpr: 0.01}", "above 0"):
+        assert part in said
+
+
 REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "patterns beside it": (
         rule(literals=["x"], regexes=["y"]),
