@@ -221,8 +221,9 @@ def eval_command(
 ) -> None:
     """Measure a probe on labelled items: per source and pooled, with intervals and baselines.
 
-    Given the files that it was fitted on, it judges only what the fit kept from training, and says
-    whether the figures of the probe's card are reproduced (exit code 1 if not).
+    Responses are read to their ends, as they are when served. Given the files that it was fitted
+    on, it judges only what the fit kept from training, as far as the fit read it, and says whether
+    the figures of the probe's card are reproduced (exit code 1 if not).
 
     \b
     Example:

@@ -68,7 +68,12 @@ def calibrate(
             f"at least {needed_benign(0.05, DEFAULT_CONFIDENCE)} are needed to show an FPR of 5%, "
             f"{needed_benign(0.01, DEFAULT_CONFIDENCE)} for 1%. Give more benign items."
         )
-    texts = _whole(items, model, max_tokens, probe.card.stage)
+    if max_tokens is not None and probe.card.stage == "prompt":
+        raise ProbeError(
+            f"max_tokens is {max_tokens}, but the probe reads prompts, and these whole. Leave "
+            f"--max-tokens out."
+        )
+    texts = whole(items, model, max_tokens, probe.card.stage)
     rows = _scores(probe, model, texts, folder, engine_options, step)
     pool = Pool(texts, rows.offsets, np.zeros((len(texts), 1), np.int8), [], rows.array)
     every = np.arange(len(texts))
@@ -110,6 +115,12 @@ def judge(
     fitted = {card.sha256 for card in probe.card.data if card.role == "fit"}
     same = bool(fitted) and fitted == {card.sha256 for card in data.files}
     options = _limits(probe.card)
+    if same and max_tokens is not None:
+        raise ProbeError(
+            f"max_tokens is {max_tokens}, but these are the files of the probe's own fit: to compare "
+            f"with its card, {options.max_response} tokens of a response are read, as the fit did. "
+            f"Leave --max-tokens out."
+        )
     if same:
         ready = prepare(data, model, options)
         part, cut = ready.part, ready.spliced
@@ -119,7 +130,7 @@ def judge(
     else:
         items = list(data.items)
         _, labels = heads_of(items, probe.heads[0], categories=False)
-        texts = _whole(items, model, max_tokens)
+        texts = whole(items, model, max_tokens)
         plain = len(texts)
         texts += _spliced(texts, options)
     rows = _scores(probe, model, texts, folder, engine_options, step)
@@ -147,13 +158,19 @@ def judge(
     return measured, reproduces(card, measured.results, TOLERANCE)
 
 
-def _whole(
+def whole(
     items: Sequence[Item], model: ServedModel, max_tokens: int | None, stage: str = "output"
 ) -> list[Text]:
-    """Items as they are read when served: whole, each half as long as the model's context at most."""
-    half = model.context // 2
-    longest = half if max_tokens is None else min(half, max_tokens)
-    return list(encode(items, model.tokenizer, max_prompt=half, max_response=longest, stage=stage))
+    """Items as they are read when served: prompts whole, responses as far as the context goes.
+
+    Where a response follows, a prompt longer than half the context loses its beginning.
+    max_tokens  tokens of a response that are read at most; None = all that the context allows.
+    """
+    most = model.context - 1  # vLLM wants to write one token behind
+    prompts = most if stage == "prompt" else model.context // 2
+    limit = most if max_tokens is None else max_tokens
+    found = encode(items, model.tokenizer, max_prompt=prompts, max_response=limit, stage=stage)
+    return [text.cut(most - len(text.prompt)) for text in found]
 
 
 def _limits(card: Card) -> FitOptions:

@@ -102,9 +102,10 @@ class Card(_Schema):
 
     @property
     def read_tokens(self) -> int | None:
-        """Most tokens of the benign responses behind the thresholds; None = they were read whole."""
+        """Most tokens of the benign texts behind the thresholds; None = they were read whole."""
         again = [card.max_tokens for card in self.data if card.role == "calibration"]
-        fitted: int | None = self.training.get("options", {}).get("max_response")
+        limit = "max_prompt" if self.stage == "prompt" else "max_response"
+        fitted: int | None = self.training.get("options", {}).get(limit)
         return again[0] if again else fitted
 
 

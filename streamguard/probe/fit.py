@@ -22,7 +22,6 @@ from streamguard.probe.measure import Measured, held_out, localisation, measure
 from streamguard.probe.model import ServedModel, versions
 from streamguard.probe.pool import Index, Pool
 from streamguard.probe.prepare import FitOptions, Prepared, prepare
-from streamguard.probe.texts import Text
 from streamguard.probe.train import LOSSES, LinearProbe
 
 #: Says what goes on: step(name, total) gives a context that is told how much was done.
@@ -181,7 +180,7 @@ def _layer(
     layers: list[int | str] = list(options.layers or choose.candidate_layers(model.card.num_layers))
     if len(layers) == 1:
         return layers[0], []
-    short = [_cut(ready.every[i], _SWEEP_TOKENS) for i in ready.swept]
+    short = [ready.every[i].cut(_SWEEP_TOKENS) for i in ready.swept]
     with step("reading layers for the sweep", collect.num_tokens(short)) as progress:
         rows = collect.hidden_states(
             engine, short, layers, activations / "sweep", stage=options.stage,
@@ -196,13 +195,6 @@ def _layer(
             figures.append((layer, choose.layer_figure(pool, options.seed)))
             progress(1)
     return choose.earliest_best(figures), figures
-
-
-def _cut(text: Text, most: int) -> Text:
-
-    if not len(text.response):
-        return text  # of a prompt all is read
-    return replace(text, response=text.response[:most], harmful=text.harmful[:most])
 
 
 def halves(groups: Sequence[str], chosen: Index, rng: np.random.Generator) -> tuple[Index, Index]:

@@ -37,6 +37,12 @@ class Text:
         """1 if any token of it is harmful."""
         return int(self.harmful.any())
 
+    def cut(self, most: int) -> Text:
+        """With `most` tokens of the response at most; a prompt is read whole."""
+        if not len(self.response):
+            return self
+        return replace(self, response=self.response[:most], harmful=self.harmful[:most])
+
 
 def encode(
     items: Sequence[Item],

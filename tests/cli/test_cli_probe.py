@@ -7,13 +7,16 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from cli_commands import refused, run
 
+from streamguard.probe.apply import whole
 from streamguard.probe.artifact import Probe
+from streamguard.probe.items import Item
+from streamguard.probe.model import ServedModel
 
 #: Two ways of writing that a model's hidden states tell apart whatever its weights are.
 WORDS = {0: "the and of to in is it you that he".split(), 1: "bomb 9 zq # kx 77 @ vv jj".split()}
@@ -156,6 +159,43 @@ def test_calibration_reads_responses_as_far_as_serving_does(fitted: Fit, tmp_pat
         assert said in done.stdout
         scores[name] = Probe.load(made).benign["harm"]
     assert scores["whole"].min() > scores["cut"].max()
+
+
+def test_a_text_is_read_as_far_as_the_models_context_goes(fitted: Fit) -> None:
+    model = ServedModel(str(fitted.model))
+    item = Item("question", " ".join(WORDS[0] * model.context), 0, "mine", "q")
+    (text,) = whole([item], model, None)
+    assert len(text.prompt) + len(text.response) == model.context - 1
+    assert len(text.harmful) == len(text.response) < text.length
+    (short,) = whole([item], model, 80)
+    assert len(short.response) == 80
+
+
+def test_a_limit_that_would_not_hold_is_refused(fitted: Fit, tmp_path: Path) -> None:
+    said = run(
+        "probe", "eval", fitted.probe, "-m", fitted.model, "-d", fitted.data, "--max-tokens", 40
+    )
+    refused(said, "the files of the probe's own fit", "80 tokens", "Leave --max-tokens out")
+    loaded = Probe.load(fitted.probe)
+    prompts, made = tmp_path / "prompts.safetensors", tmp_path / "made.safetensors"
+    replace(loaded, card=loaded.card.model_copy(update={"stage": "prompt"})).save(prompts)
+    assert Probe.load(prompts).card.read_tokens == 256
+    data = write(tmp_path / "items.jsonl", [row for row in items(120, 5) if not row["label"]])
+    said = run(
+        "probe",
+        "calibrate",
+        prompts,
+        "-m",
+        fitted.model,
+        "-b",
+        data,
+        "-o",
+        made,
+        "--max-tokens",
+        40,
+    )
+    refused(said, "reads prompts, and these whole", "Leave --max-tokens out")
+    assert not made.exists()
 
 
 def test_a_cut_off_fit_goes_on_where_it_was(fitted: Fit, tmp_path: Path) -> None:
