@@ -13,8 +13,7 @@ struct loop {
     const int64_t *token_walk;   /* [num_tokens] state behind the token, read from the root | bit 31 |
                                   * class of the token's first byte << 32 */
     const int64_t *token_sync;   /* [num_tokens] row of `calm` behind the token | bit of a word << 32 | the
-                                  * word is the row behind << 37 | 1 + first class << 38 | word << 46;
-                                  * or < 0 */
+                                  * word is the row behind << 37 | word << 50; or < 0 */
     const uint32_t *calm;        /* rows. Bits: from the row's state the token's first classes lead where
                                   * they lead from the root; rows behind one class; the row's state */
     const int64_t *calm_shape;   /* [4] place of the state; of calm_rows: 0, size, shift */
@@ -78,12 +77,15 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
         if (!l->plain[slot] || l->pending[slot])
             return -2;
         int64_t here = l->token_sync[token], before = l->synced[slot];
-        int64_t synced = here < 0 ? -1 : here << 32;
-        int64_t first = here >> 38 & 0xff;
-        if (here >= 0 && (before >= 0 || (before != -1 && first && first != (before & 0xff)
-                                          && first != (before >> 8 & 0xff)))) {
-            uint32_t word = l->calm[((before & INT64_MAX) >> 32) + (here >> 46)];
-            int64_t behind = here >> 37 & 1 ? word & 0x7fffffff : (uint32_t)here;
+        int64_t synced = here < 0 ? -1 : (here & 0x7fffffff) << 32;
+        int sound = here >= 0 && before != -1;
+        if (sound && before < 0) {
+            int64_t walk = l->token_walk[token], first = 1 + (walk >> 32);
+            sound = !(walk >> 31 & 1) && first != (before & 0xff) && first != (before >> 8 & 0xff);
+        }
+        if (sound) {
+            uint32_t word = l->calm[((before & INT64_MAX) >> 32) + (here >> 50)];
+            int64_t behind = (here >> 37 & 1 ? word : (uint32_t)here) & 0x7fffffff;
             if (word >> (here >> 32 & 31) & 1) {
                 l->synced[slot] = behind << 32;
                 continue;

@@ -80,7 +80,9 @@ class Session:
             row_last=np.zeros(_ROWS, np.uint8),
             best=np.zeros(_ROWS, np.int64),
         )
-        self._nothing = np.zeros(0, np.int64)  # what a walk that completes nothing returns
+        # What a walk that completes nothing returns, and where the last other one of as many rows wrote:
+        # to make an array takes as long as to walk forty rows.
+        self._nothing = self._best = np.zeros(0, np.int64)
         self._advance_call, self._prompt_call, self._peek_call = np.zeros((3, 6), np.int64)
         self._advance_call[COMMIT] = self._prompt_call[COMMIT] = 1
         self._prompt_call[SILENT] = 1  # what a prompt holds is no event, and could be a million
@@ -364,9 +366,11 @@ class Session:
     ) -> NDArray[np.int64]:
         try:
             if slots.dtype is tokens.dtype is _INT64:  # type: ignore[union-attr]
-                done = walk_kernel(call, slots, tokens)
-                if done == len(self._nothing) == len(tokens):  # type: ignore[arg-type]
+                done, num_rows = walk_kernel(call, slots, tokens), len(tokens)  # type: ignore[arg-type]
+                if done == num_rows == len(self._nothing):
                     return self._nothing
+                if done > num_rows == len(self._best):
+                    return self._best.copy()
             else:
                 slots, tokens = _as_rows(slots, tokens)
                 done = walk_kernel(call, slots, tokens)
@@ -398,7 +402,8 @@ class Session:
             done = walk_kernel(call, slots, tokens)
             call[FIRST] = 0
         if done > num_rows:
-            return self._slots.best[:num_rows].copy()
+            self._best = self._slots.best[:num_rows]
+            return self._best.copy()
         self._nothing = np.zeros(num_rows, _INT64)
         self._nothing.flags.writeable = False
         return self._nothing
@@ -412,6 +417,7 @@ class Session:
     def _replace(self, **arrays: NDArray[Any]) -> None:
         """Put larger arrays in place of some of the slots' own."""
         self._slots = self._slots._replace(**arrays)
+        self._best = self._slots.best[:0]
         self._packed_slots = pack_slots(self._slots)
         self._slots_at = address(self._packed_slots)
         for call in (self._advance_call, self._prompt_call, self._peek_call):

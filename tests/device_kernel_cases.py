@@ -234,8 +234,8 @@ class Engine:
         s.policy[slot] = int(session._slots.policy[slot])
         s.plain[slot] = int(session._slots.plain[slot])
         s.hidden[slot] = int(session._slots.hidden[slot])
-        s.state[slot] = torch.from_numpy(session.snapshot(slot)[0])
-        s.pending[slot] = int(session._slots.pending[slot])
+        states, s.pending[slot] = session.snapshot(slot)
+        s.state[slot] = torch.from_numpy(states)
         ends = session._slots.end_tokens[slot]
         s.end_tokens[slot, : len(ends)] = torch.from_numpy(ends.astype(np.int32))
         s.end_bits[slot] = int(session._slots.end_bits[slot])
@@ -315,15 +315,16 @@ class Engine:
         p = self.program.policies.index(request.policy)
         width = int(np.diff(self.program.tables.policy_tracks)[p])
         where = f"slot {slot}, {request}"
-        assert s.state[slot, :width].tolist() == session.snapshot(slot)[0][:width].tolist(), where
-        assert int(s.pending[slot]) == int(session._slots.pending[slot]), where
+        states, pending = session.snapshot(slot)
+        assert s.state[slot, :width].tolist() == states[:width].tolist(), where
+        assert int(s.pending[slot]) == pending, where
         assert int(s.seen[slot]) == len(request.tokens), where
         progress = self.host._progress[slot]
         assert int(s.verdict_rule[slot]) == (-1 if progress.rule is None else progress.rule), where
         if progress.rule is not None:
             self.seen["said"] += 1
             assert int(s.verdict_step[slot]) == progress.step, where
-        self.seen["unfinished"] += int(session._slots.pending[slot]) != 0
+        self.seen["unfinished"] += pending != 0
 
     def check_mask(self, rows: list[int], wanted: np.ndarray, got: np.ndarray) -> None:
         self.seen["masked"] += int(np.isinf(wanted).sum())

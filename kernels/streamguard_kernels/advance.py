@@ -11,10 +11,9 @@ from streamguard_kernels.packing import pack, unpacker
 from streamguard_kernels.tables import (
     HIT_BIT,
     LOOK_CLOSER,
+    NUMBER_BITS,
     STATE_MASK,
     STEP_BIT,
-    UNFINISHED,
-    UNFINISHED_BIT,
     move,
     move_cold,
     output_place,
@@ -26,8 +25,8 @@ from streamguard_kernels.utf8 import (
     NUM_PREFIXES,
     REPLACEMENT,
     SEPARATOR_BYTE,
-    longer,
     map_character,
+    numbered_prefix,
     prefix_number,
     utf8_step,
 )
@@ -36,10 +35,12 @@ from streamguard_kernels.utf8 import (
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
 COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
-#: In `Slots.synced`: the slot stands inside a character, or the row is borrowed; two classes behind
-#: which a borrowed row says nothing, as in `token_sync`.
-CAREFUL = np.int64(-1 << 63)
+#: In `Slots.synced`: the row is borrowed; two classes behind which it says nothing; 1 + the number of
+#: the unfinished character in which the slot stands, 0 = in none; any of these.
+BORROWED = np.int64(-1 << 63)
 EXCEPTIONS = 0xFFFF
+INSIDE = NUMBER_BITS << 16
+DETOUR = BORROWED | INSIDE
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
 
 
@@ -53,9 +54,10 @@ class Slots(NamedTuple):
     end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
     state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
     synced      int64[num_slots]              what `calm_rows` says of the states: from bit 32 on a row
-                                              of `calm`. Negative = inside a character, or the row is
-                                              borrowed and `state` holds; -1 = no row, `state` holds
-    pending     int64[num_slots]              unfinished character, see `utf8`
+                                              of `calm`; BORROWED = `state` holds; -1 = no row, `state`
+                                              holds. From bit 16 on the number of the unfinished
+                                              character, see INSIDE
+    pending     int64[num_slots]              unfinished character, see `utf8`; as `state`
     events      int64[capacity, 2]            (row, rule) of every pattern that completed
     num_events  int64[1]                      counts also those beyond the capacity
     buffer      uint8[MAX_MAPPED_BYTES]       work space
@@ -219,14 +221,14 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
 
 @borrowing
 def settle(packed, packed_slots, slot):
-    """Write down the states of a slot, if `Slots.synced` stands for them."""
+    """Write down the states of a slot and its character, if `Slots.synced` stands for them."""
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     mine = np.uintp(slot)
     known = s.synced[mine]
-    if known != -1 and known & EXCEPTIONS == 0:
+    if known >= 0:
+        s.pending[mine] = numbered_prefix(known >> np.int64(16) & NUMBER_BITS)
         p = np.uintp(s.policy[mine])
-        row = np.uintp((known & ~CAREFUL) >> np.int64(32))
-        at = row + np.uintp(t.calm_shape[np.uintp(4) * p])
+        at = np.uintp(known >> np.int64(32)) + np.uintp(t.calm_shape[np.uintp(4) * p])
         mine *= np.uintp(s.scratch.shape[0])
         k, end = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
         while k < end:
@@ -254,8 +256,12 @@ def _known(packed, packed_slots, slot, known):
                 known = t.calm_rows[np.uintp(t.calm_shape[shape + np.uintp(1)]) + place]
     if known == -1:
         return known
-    known &= ~CAREFUL
-    return known | CAREFUL if s.pending[mine] or known & EXCEPTIONS else known
+    known &= ~DETOUR
+    borrowed = known & EXCEPTIONS != 0
+    number = prefix_number(s.pending[mine]) + 1 if s.pending[mine] else np.int64(0)
+    if number > NUM_PREFIXES or (borrowed and number):
+        return np.int64(-1)
+    return known | BORROWED if borrowed else known | number << np.int64(16)
 
 
 @compiled
@@ -305,10 +311,10 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
     ends = UNSEEN | LAST bits that hold whatever the token is; token = -1 is none at all.
     """
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
+    settle(packed, packed_slots, slot)
     pending, rule = s.pending[slot], np.int64(-1)
     lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
     max_tracks, num_ends = s.scratch.shape[0], s.end_tokens.shape[0] // s.policy.shape[0]
-    settle(packed, packed_slots, slot)
     for i in range(max_tracks):
         s.scratch[i] = s.state[slot * max_tracks + i]
     for i in range(slot * num_ends, (slot + 1) * num_ends):
@@ -327,59 +333,68 @@ def _walk_row(packed, packed_slots, slot, token, ends, row):
 def _row_behind(packed, known, here):
     """What `Slots.synced` says behind a token, of its entry in `token_sync`; -1 = it is to be walked.
 
-    known = what it says before, with a row, and not CAREFUL. Without a branch: which of the two kinds
+    known = what it says before, with a row, and not BORROWED. Without a branch: which of the two kinds
     of words a token needs is as hard to guess as the text.
     """
     t = unpack_tables(packed)
-    word = t.calm[np.uintp(known >> np.int64(32)) + np.uintp(here >> np.int64(46))]
+    word = t.calm[np.uintp(known >> np.int64(32)) + np.uintp(here >> np.int64(50))]
     bit = np.uint32(here >> np.int64(32)) & np.uint32(31)
-    stepped = np.int64(word & np.uint32(STATE_MASK)) | here & np.int64(UNFINISHED_BIT)
-    behind = stepped if here & np.int64(STEP_BIT) else here
-    return behind << np.int64(32) if (word >> bit) & np.uint32(1) else np.int64(-1)
+    behind = (np.int64(word) if here & np.int64(STEP_BIT) else here) & np.int64(STATE_MASK)
+    number = here >> np.int64(22) & INSIDE
+    return behind << np.int64(32) | number if (word >> bit) & np.uint32(1) else np.int64(-1)
 
 
 @borrowing
-def _continued(packed, p, pending, token):
-    """What a token does that begins inside a character, if it says no more than that character.
+def _continued(packed, p, known, token):
+    """What a token does that begins inside a character: an entry as of `character_sync`.
 
-    Returns an entry as of `character_sync`, and what is unfinished behind. p, token: np.uintp.
+    known = what `Slots.synced` says before. LOOK_CLOSER also if it says more than that character.
+    p, token: np.uintp.
     """
     t = unpack_tables(packed)
+    number, pages = known >> np.int64(16) & NUMBER_BITS, p * np.uintp(NUM_PREFIXES + 1)
+    page = np.uintp(t.character_page[pages + np.uintp(number)])
+    here = t.character_sync[page + np.uintp(t.token_tail[token])]
+    if here != LOOK_CLOSER or t.token_special[token]:
+        return here
     at, end = np.uintp(t.raw_offsets[token]), np.uintp(t.raw_offsets[token + np.uintp(1)])
-    here = np.int64(LOOK_CLOSER if t.token_special[token] else UNFINISHED)
-    while here == UNFINISHED and at < end:
-        number, byte = np.uintp(prefix_number(pending)), np.int64(t.raw_data[at])
-        if number >= np.uintp(NUM_PREFIXES) or byte & 0xC0 != 0x80:
-            return np.int64(LOOK_CLOSER), pending
-        page = np.uintp(t.character_page[p * np.uintp(NUM_PREFIXES) + number])
+    while at < end:  # a token of several bytes
+        byte = t.raw_data[at]
+        if number == 0 or byte & 0xC0 != 0x80:
+            return np.int64(LOOK_CLOSER)
+        page = np.uintp(t.character_page[pages + np.uintp(number)])
         here = t.character_sync[page + np.uintp(byte & 0x3F)]
-        pending = longer(pending, byte) if here == UNFINISHED else np.int64(0)
+        if here == LOOK_CLOSER:
+            break
+        number = here >> np.int64(38) & NUMBER_BITS
         at += np.uintp(1)
-    return here if at == end else np.int64(LOOK_CLOSER), pending
+    return here
 
 
 @borrowing
-def _careful(packed, packed_slots, p, slot, token):
-    """What a token does to a slot that is inside a character, or has a borrowed row or none.
+def _unless_excepted(packed, p, known, token):
+    """A token's entry in `token_sync`; LOOK_CLOSER where a borrowed row does not hold behind it.
 
-    Returns an entry as of `token_sync`, what `Slots.synced` says behind it, -1 = it is to be walked or
-    says that already, and what is unfinished there. p, slot, token: np.uintp.
+    known = what `Slots.synced` says before. p, token: np.uintp.
     """
-    t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    before, pending = s.synced[slot], s.pending[slot]
-    if pending:
-        here, pending = _continued(packed, p, pending, token)
+    t = unpack_tables(packed)
+    num_tokens, num_tracks = np.uintp(t.token_special.shape[0]), np.uintp(t.track_base.shape[0])
+    walk = t.token_walk[token * num_tracks + np.uintp(t.policy_tracks[p])]
+    class_ = (walk >> np.int64(32)) + 1
+    nothing = walk & np.int64(HIT_BIT)
+    if nothing or class_ == known & 0xFF or class_ == known >> np.int64(8) & 0xFF:
+        return np.int64(LOOK_CLOSER)
+    return t.token_sync[p * num_tokens + token]
+
+
+@borrowing
+def _careful(packed, p, known, token):
+    """`_row_behind` for a slot that is inside a character or has a borrowed row."""
+    if known >= 0:
+        here = _continued(packed, p, known, token)
     else:
-        here = t.token_sync[p * np.uintp(t.token_special.shape[0]) + token]
-        pending = np.int64(t.token_pending[token])
-    synced, exceptions = np.int64(-1), before & EXCEPTIONS
-    if before != -1 and here != LOOK_CLOSER:
-        class_ = here >> np.int64(38) & 0xFF
-        if here == UNFINISHED or (exceptions and class_ == 0):
-            synced = before
-        elif not exceptions or (class_ != exceptions & 0xFF and class_ != exceptions >> 8):
-            synced = _row_behind(packed, before & ~CAREFUL, here)
-    return here, synced, pending
+        here = _unless_excepted(packed, p, known, token)
+    return _row_behind(packed, known & ~BORROWED, here) if here >= 0 else np.int64(-1)
 
 
 @borrowing
@@ -403,12 +418,11 @@ def _follow(packed, packed_slots, track, state, code_point):
 def _walk_inside(packed, packed_slots, slot, token, commit):
     """Walk a slot that is inside a character over an ordinary token, as long as it completes nothing.
 
-    Returns whether it completes nothing; if it does, no more was done than to settle the slot.
+    The slot is settled. Returns whether it completes nothing; if it does, nothing was done.
     """
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
     known, mine = s.synced[slot], slot * s.scratch.shape[0]
-    settle(packed, packed_slots, slot)
     for k in range(hi - lo):
         s.scratch[k] = s.state[mine + k]
     pending, hit = s.pending[slot], np.int64(0)
@@ -490,40 +504,41 @@ def walk_kernel(call, slots, tokens):
         # Nearly every row: an ordinary token within the text that completes nothing. What this part
         # cannot settle, `_walk_row` does from the start.
         before = s.synced[slot]
-        settled = (before >= 0 or s.plain[slot]) and not ends_count
+        settled = (before != -1 or s.plain[slot]) and not ends_count
         if settled:
             p, synced = np.uintp(s.policy[slot]), np.int64(-1)
-            if before >= 0:
+            if np.uint32(before) == 0:
                 here = t.token_sync[p * np.uintp(num_tokens) + token]
                 if here >= 0:
                     synced = _row_behind(packed, before, here)
-                if synced != -1:
-                    if commit:
-                        s.synced[slot] = synced
-                        if synced < 0:
-                            s.pending[slot] = t.token_pending[token]
-                    s.best[row] = 0
-                    continue
-            else:
-                here, synced, pending = _careful(packed, packed_slots, p, slot, token)
-                if synced != -1 or here == UNFINISHED:
-                    if commit:
-                        s.synced[slot], s.pending[slot] = synced, pending
-                    s.best[row] = 0
-                    continue
-                if s.pending[slot]:
-                    if not t.token_special[token] and _walk_inside(
-                        packed, packed_slots, np.int64(slot), np.int64(token), commit
-                    ):
-                        s.best[row] = 0
-                        continue
-                    settled = False
-        if settled:
-            synced = here << np.int64(32) if here >= 0 else np.int64(-1)
+            elif before != -1:
+                synced = _careful(packed, p, before, token)
+            if synced != -1:
+                if commit:
+                    s.synced[slot] = synced
+                s.best[row] = 0
+                continue
             settle(packed, packed_slots, np.int64(slot))
+            if s.pending[slot]:
+                if not t.token_special[token] and _walk_inside(
+                    packed, packed_slots, np.int64(slot), np.int64(token), commit
+                ):
+                    s.best[row] = 0
+                    continue
+                settled = False
+        if settled:
+            here = t.token_sync[p * np.uintp(num_tokens) + token]
+            synced = (here & np.int64(STATE_MASK)) << np.int64(32) if here >= 0 else np.int64(-1)
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
-            track = lo
+            track, whole, last = lo, np.uint32(0), np.int64(-1)
             while track < hi:
+                first = s.state[mine + track - lo]
+                s.scratch[track - lo] = first
+                if first == last and t.track_twin[track]:  # the twins have met
+                    if commit:
+                        s.state[mine + track - lo] = whole
+                    track += np.uintp(1)
+                    continue
                 known = t.token_walk[token * num_tracks + track]
                 whole = np.uint32(known)
                 if whole >> np.uint32(31):
@@ -531,8 +546,7 @@ def walk_kernel(call, slots, tokens):
                     break
                 root = np.uintp(t.track_base[track])
                 limit = np.uintp(t.track_limit[track])
-                state = np.uintp(s.state[mine + track - lo])
-                s.scratch[track - lo] = state
+                state, last = np.uintp(first), first
                 class_ = np.uintp(known >> np.int64(32))
                 behind = t.trans[root + class_]
                 if state < limit:

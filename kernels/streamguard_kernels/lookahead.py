@@ -347,8 +347,8 @@ def mark_forbidden(
     rule_in_group uint8[num_rules]; walks uint8[num_tokens]: zeros. forbidden uint8[num_tokens], in/out.
     """
     t, s, r = unpack_tables(packed), unpack_slots(packed_slots), unpack_ranges(packed_ranges)
-    p, pending = s.policy[slot], s.pending[slot]
     settle(packed, packed_slots, slot)
+    p, pending = s.policy[slot], s.pending[slot]
     lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
     num_tokens = t.token_special.shape[0]
     # Tokens that no range speaks for are walked: _WALK and what they do to the text.
@@ -433,12 +433,12 @@ def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logi
         slot = slots[k]
         if s.policy[slot] < 0 or masking[s.policy[slot]] == 0:
             continue
+        settle(packed, packed_slots, slot)
         ordinary = s.plain[slot] and s.hidden[slot] and s.pending[slot] == 0
         if not ordinary or masking[s.policy[slot]] == WALKED:
             left[num_left] = k
             num_left += 1
             continue
-        settle(packed, packed_slots, slot)
         lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
         if masking[s.policy[slot]] == RANGES_AND_REGEXES:
             for track in range(lo, hi):

@@ -9,9 +9,7 @@ import numpy as np
 from streamguard_kernels.compiled import compiled
 from streamguard_kernels.tables import (
     HIT_BIT,
-    LOOK_CLOSER,
     STATE_MASK,
-    UNFINISHED,
     move,
     unpack_tables,
 )
@@ -64,14 +62,14 @@ def walk_characters(packed, track, width):
     """As `walk_tokens` and `first_classes`, for the first characters, each as a text of its own.
 
     Returns states int64[CHARACTERS]: bit 31 = it completes a match or is a surrogate; and classes
-    int64[CHARACTERS, width], -1 = there is none.
+    int16[CHARACTERS, width], -1 = there is none.
     """
     t = unpack_tables(packed)
     form = t.mapping_form[t.track_mapping[track]]
     page_of = t.page_of[form * 0x1100 : (form + 1) * 0x1100]
     buffer = np.zeros(MAX_MAPPED_BYTES, np.uint8)
     states = np.full(CHARACTERS, HIT_BIT, np.int64)
-    classes = np.full((CHARACTERS, width), -1, np.int64)
+    classes = np.full((CHARACTERS, width), -1, np.int16)
     for code_point in range(CHARACTERS):
         if 0xD800 <= code_point < 0xE000:
             continue
@@ -92,10 +90,10 @@ def walk_characters(packed, track, width):
 def continue_characters():
     """What each further byte makes of an unfinished character: int64[NUM_PREFIXES, 64].
 
-    By the low bits of the byte: a code point; UNFINISHED; LOOK_CLOSER = it breaks the character, or
-    there is none of this number.
+    By the low bits of the byte: a code point; -1 = it breaks the character, or there is none of this
+    number; less: it takes more of them, and this is -1 - `number_prefixes` of it.
     """
-    behind = np.full((NUM_PREFIXES, 64), LOOK_CLOSER, np.int64)
+    behind = np.full((NUM_PREFIXES, 64), -1, np.int64)
     found = [utf8_step(0, lead)[0] for lead in range(0xC2, 0xF5)]
     while len(found):
         pending = found.pop()
@@ -104,11 +102,22 @@ def continue_characters():
             continue
         for low in range(64):
             longer, broken, code_point = utf8_step(pending, 0x80 | low)
-            if not broken:
-                behind[number, low] = code_point if code_point >= 0 else UNFINISHED
-                if code_point < 0:
-                    found.append(longer)
+            if code_point >= 0:
+                behind[number, low] = code_point if not broken else -1
+            elif not broken and prefix_number(longer) < NUM_PREFIXES:
+                behind[number, low] = -2 - prefix_number(longer)
+                found.append(longer)
     return behind
+
+
+@compiled
+def number_prefixes(pending):
+    """1 + `prefix_number` of each unfinished character, 0 = there is none: int64[num_tokens]."""
+    numbers = np.zeros(pending.shape[0], np.int64)
+    for token in range(pending.shape[0]):
+        if pending[token]:
+            numbers[token] = 1 + prefix_number(np.int64(pending[token]))
+    return numbers
 
 
 @compiled

@@ -18,10 +18,11 @@ from streamguard_kernels.utf8 import BEFORE_NONWORD, SEPARATOR_BYTE
 
 STATE_MASK = 0x7FFFFFFF
 HIT_BIT = 0x80000000
-#: Entries of `Tables.token_sync`; the second one of `Tables.character_sync` only.
-LOOK_CLOSER, UNFINISHED = -1, -2
-#: In `Tables.token_sync`: the token ends inside a character; its word of `calm` says the next row.
-UNFINISHED_BIT, STEP_BIT = 1 << 31, 1 << 37
+#: An entry of `Tables.token_sync` or `Tables.character_sync`; in others: its word of `calm` says the
+#: next row; as many bits for the number of an unfinished character.
+LOOK_CLOSER, STEP_BIT, NUMBER_BITS = -1, 1 << 37, 0xFFF
+#: In `Tables.token_tail`: the token is not one byte that goes on with a character.
+NO_TAIL = 64
 
 
 class Tables(NamedTuple):
@@ -69,13 +70,12 @@ class Tables(NamedTuple):
                                                 special or maps to nothing; from bit 32 on the class
                                                 of its first mapped byte
     token_sync       int64[num_policies, num_tokens]  all tracks of a policy at once: where in `calm`
-                                                the row of the states behind the token begins; bit 31
-                                                = it ends inside a character; in five bits from bit
-                                                32 on which bit of a word of a row of `calm` says
-                                                that it may go on so, and from bit 46 on which word;
-                                                bit 37 = that word also says the row behind the token;
-                                                in a byte from bit 38 on, of policies of one track (and
-                                                its twin), 1 + its first class, 0 = it maps to nothing;
+                                                the row of the states behind the token begins; in five
+                                                bits from bit 32 on which bit of a word of a row of
+                                                `calm` says that it may go on so, and from bit 50 on
+                                                which word; bit 37 = that word also says the row behind
+                                                the token; from bit 38 on 1 + `utf8.prefix_number` of
+                                                the character that it leaves unfinished, 0 = none;
                                                 LOOK_CLOSER = so in any track
     calm             uint32[num_calm]           a row for each known combination of a policy's states.
                                                 First bits, one for each column of first classes:
@@ -94,13 +94,15 @@ class Tables(NamedTuple):
                                                 classes behind which it does not hold, other than 0. The
                                                 place of a state is its distance from the root shifted
                                                 to the right, which no other has
-    character_page   int32[num_policies, NUM_PREFIXES]  where in the next the page of each unfinished
-                                                character begins; see `utf8.prefix_number`
-    character_sync   int64[num_pages * 64]      as `token_sync`, of the character that each further byte
-                                                makes whole; UNFINISHED = it takes more of them. The
-                                                first page says LOOK_CLOSER only: all that is not of a
-                                                policy of one mapped track (and its twin) is there
+    character_page   int32[num_policies, 1 + NUM_PREFIXES]  where in the next the page of each
+                                                unfinished character begins, by 1 + its number
+    character_sync   int64[num_pages * 65]      as `token_sync`, of the character that each further byte
+                                                makes whole, or of nothing if it takes yet more; NO_TAIL
+                                                says LOOK_CLOSER. The first page says so only: all that
+                                                is not of a policy whose tracks read characters is there
     token_pending    uint32[num_tokens]         unfinished character at the token's end
+    token_tail       uint8[num_tokens]          low six bits of a byte that goes on with a character;
+                                                NO_TAIL = the token is not one
     token_special    uint8[num_tokens]          1 = hidden from readers who skip special tokens
     raw_offsets      int64[num_tokens + 1]      the raw bytes, for tokens inside a character
     raw_data         uint8[num_raw_bytes]
@@ -149,6 +151,7 @@ class Tables(NamedTuple):
     character_page: np.ndarray
     character_sync: np.ndarray
     token_pending: np.ndarray
+    token_tail: np.ndarray
     token_special: np.ndarray
     raw_offsets: np.ndarray
     raw_data: np.ndarray
@@ -163,14 +166,14 @@ class Tables(NamedTuple):
 
 
 _TABLES = (
-    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l l i l u b l b l l l i i l b b"
+    "u u b l l l l l l l i l l b l i i i i b i i i i i b l l u l l i l u b b l b l l l i i l b b"
 )
 #: Makes packed tables a `Tables` again, within a kernel.
 unpack_tables = unpacker(Tables, _TABLES)
 
 
 def pack_tables(tables):
-    """The addresses of a `Tables` whose own address kernels take: int64[45, 2]; see `pack`."""
+    """The addresses of a `Tables` whose own address kernels take: int64[46, 2]; see `pack`."""
     return pack(tables, _TABLES)
 
 

@@ -85,6 +85,26 @@ def prefix_number(pending):
 
 
 @borrowing
+def numbered_prefix(number):
+    """The unfinished character of 1 + its `prefix_number`; 0 = none."""
+    if number == 0:
+        return 0
+    number -= 1
+    if number < 64:
+        return (1 << 24) | (number + 0xC0)
+    if number < 64 + 0x540:
+        number += 0x3800 - 64
+        return (2 << 24) | (number >> 6) | ((0x80 | (number & 0x3F)) << 8)
+    number += 0xF0400 - 64 - 0x540
+    return (
+        (3 << 24)
+        | (number >> 12)
+        | ((0x80 | ((number >> 6) & 0x3F)) << 8)
+        | ((0x80 | (number & 0x3F)) << 16)
+    )
+
+
+@borrowing
 def map_character(code_point, page_of, entries, map_offsets, map_data, out):
     """Write the mapped bytes of one character to `out`, uint8[MAX_MAPPED_BYTES]; return the count.
 

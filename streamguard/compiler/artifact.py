@@ -35,7 +35,7 @@ from streamguard_kernels.tables import Tables
 
 MAGIC = b"streamguard-art\n"
 #: Raise it when the layout of the file or of `Tables` or `Ranges` changes.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _PREFIX = struct.Struct("<16sIIQ32s")
 _ALIGNMENT = 64
 _AGAIN = "Make it again: streamguard compile POLICY --tokenizer DIR -o FILE."

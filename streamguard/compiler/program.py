@@ -18,7 +18,7 @@ from streamguard.compiler.rules import MASK, OBSERVE, STOP, CompiledRule, RuleTa
 from streamguard.compiler.shortcuts import synchronise
 from streamguard.compiler.vocabulary import Vocabulary
 from streamguard.errors import PolicyError
-from streamguard.policy import PolicySet
+from streamguard.policy import PolicySet, Rule
 from streamguard.policy_regexes import regexes_of
 from streamguard_kernels.hold import UNKNOWN, hold_depths
 from streamguard_kernels.lookahead import (
@@ -30,7 +30,7 @@ from streamguard_kernels.lookahead import (
 )
 from streamguard_kernels.packing import address
 from streamguard_kernels.shortcuts import walk_tokens
-from streamguard_kernels.tables import LOOK_CLOSER, Tables, pack_tables
+from streamguard_kernels.tables import LOOK_CLOSER, NO_TAIL, Tables, pack_tables
 from streamguard_kernels.utf8 import NUM_PREFIXES, map_tokens
 
 #: A regex takes about as long to compile as so many literals.
@@ -267,15 +267,9 @@ def compile_program(
     num_entries = 0
     for name in names:
         mine = [(i, r.rule) for i, r in enumerate(rules) if r.policy == name]
-        with_literals = [rule for _, rule in mine if rule.literals]
-        for mapping in sorted({Mapping(rule.normalize, rule.boundary) for rule in with_literals}):
+        for mapping, literals in _literals_of(mine).items():
             if mapping not in mappings:
                 mappings.append(mapping)
-            literals = [
-                (i, rule.literals)
-                for i, rule in mine
-                if Mapping(rule.normalize, rule.boundary) == mapping
-            ]
             automaton = build_literals(
                 mapping, literals, rank, group, num_entries, policies.policies[name].source,
                 work.part(sum(len(found) for _, found in literals)),
@@ -422,9 +416,10 @@ def _join(
         calm=np.zeros(0, np.uint32),
         calm_shape=np.zeros((len(policy_tracks) - 1, 4), np.int64),
         calm_rows=np.zeros(0, np.int64),
-        character_page=np.zeros((len(policy_tracks) - 1, NUM_PREFIXES), np.int32),
+        character_page=np.zeros((len(policy_tracks) - 1, 1 + NUM_PREFIXES), np.int32),
         character_sync=np.zeros(0, np.int64),
         token_pending=pending,
+        token_tail=_tails(vocabulary),
         token_special=vocabulary.special,
         raw_offsets=vocabulary.offsets,
         raw_data=vocabulary.data,
@@ -446,7 +441,7 @@ def _join(
         else:
             walk_tokens(address(packed), track, tables.token_walk)
     calm, calm_rows = [np.zeros(0, np.uint32)], [np.zeros(0, np.int64)]
-    pages = {np.full(64, LOOK_CLOSER, np.int64).tobytes(): 0}
+    pages = {np.full(NO_TAIL + 1, LOOK_CLOSER, np.int64).tobytes(): 0}
     for policy, (lo, hi) in enumerate(pairwise(policy_tracks)):
         apart = np.array([track for track in range(lo, hi) if not tracks[track][1]], np.int64)
         found = synchronise(
@@ -457,11 +452,36 @@ def _join(
         tables.calm_shape[policy, 1] = sum(map(len, calm_rows))
         calm.append(found.rows)
         calm_rows.append(found.at)
-        for number, entries in enumerate(found.characters):
+        for number, entries in enumerate(found.pages):
             page = pages.setdefault(entries.tobytes(), len(pages))
-            tables.character_page[policy, number] = 64 * page
+            tables.character_page[policy, number] = (NO_TAIL + 1) * page
     return tables._replace(
         calm=np.concatenate(calm),
         calm_rows=np.concatenate(calm_rows),
         character_sync=np.frombuffer(bytearray(b"".join(pages)), np.int64),
     )
+
+
+def _literals_of(rules: list[tuple[int, Rule]]) -> dict[Mapping, list[tuple[int, tuple[str, ...]]]]:
+    """A policy's literals by mapping, with the indices of their rules.
+
+    Literals without forms are looked for in bytes where all rules are such, and else in characters,
+    which is the same but for broken ones: then all tracks stand between the same characters.
+    """
+    found: dict[Mapping, list[tuple[int, tuple[str, ...]]]] = {}
+    for i, rule in rules:
+        if rule.literals:
+            mapping = Mapping(rule.normalize, rule.boundary)
+            found.setdefault(mapping, []).append((i, rule.literals))
+    if Mapping() in found and (len(found) > 1 or any(rule.regexes for _, rule in rules)):
+        found[Mapping(characters=True)] = found.pop(Mapping())
+    return dict(sorted(found.items()))
+
+
+def _tails(vocabulary: Vocabulary) -> np.ndarray:
+    """`Tables.token_tail`."""
+    single = (np.diff(vocabulary.offsets) == 1) & (vocabulary.special == 0)
+    byte = vocabulary.data[vocabulary.offsets[:-1][single]]
+    tails = np.full(len(vocabulary), NO_TAIL, np.uint8)
+    tails[single] = np.where(byte & 0xC0 == 0x80, byte & 0x3F, NO_TAIL)
+    return tails

@@ -12,16 +12,17 @@ from streamguard_kernels.shortcuts import (
     find_calm,
     find_steps,
     first_classes,
+    number_prefixes,
     walk_characters,
 )
 from streamguard_kernels.tables import (
     LOOK_CLOSER,
+    NO_TAIL,
     STATE_MASK,
     STEP_BIT,
-    UNFINISHED_BIT,
     Tables,
 )
-from streamguard_kernels.utf8 import NUM_PREFIXES
+from streamguard_kernels.utf8 import CHARACTERS, NUM_PREFIXES
 
 #: Most bytes of `Tables.calm` a policy, and how many of a token's first bytes are looked at, if they fit.
 CALM_BYTES = 2 << 20
@@ -29,6 +30,8 @@ WIDTHS = (4, 3, 2)
 #: Most bytes of `calm` for states that no token leads to from the root, and most places a policy.
 SHALLOW_BYTES = 1 << 20
 CALM_PLACES = 1 << 18
+#: Most columns of a policy: with what else a row holds, its words have numbers of 13 bits.
+COLUMNS = 1 << 17
 #: In a word of `calm` that says a row: there is one.
 HAS_ROW = 1 << 31
 
@@ -39,13 +42,13 @@ class Calm:
 
     rows    uint32[num_rows * row_size].
     at      int64[num_places] of `Tables.calm_rows`.
-    characters  int64[NUM_PREFIXES, 64] of `Tables.character_sync`.
+    pages   int64[1 + NUM_PREFIXES, 65] of `Tables.character_sync`.
     shape   the policy's `Tables.calm_shape`, but for where `at` begins.
     """
 
     rows: np.ndarray
     at: np.ndarray
-    characters: np.ndarray
+    pages: np.ndarray
     shape: tuple[int, int, int, int]
 
 
@@ -60,21 +63,17 @@ def synchronise(
     """
     walks = tables.token_walk[:, tracks]
     ordinary = np.flatnonzero(~(walks >> 31 & 1).any(axis=1))
-    walks = walks[ordinary]
-    ends, quiet = walks & STATE_MASK, np.zeros(0, np.int64)
     single = len(tracks) == 1 and len(ordinary) > 0
-    cut = single and tables.mapping_form[tables.track_mapping[tracks[0]]] >= 0
-    if cut:
-        found, first = walk_characters(packed, int(tracks[0]), WIDTHS[0])
-        quiet = np.flatnonzero((found <= STATE_MASK) & (first[:, 0] >= 0))
-        ends = np.concatenate([ends, found[quiet].reshape(-1, 1)])
-    states, row = _distinct_rows(ends)
+    characters = _distinct_characters(tables, packed, tracks)
+    states, row = _distinct_rows(
+        np.concatenate([walks[ordinary], characters.states[characters.calm]]) & STATE_MASK
+    )
     for width in (*WIDTHS, 1):
         firsts = [first_classes(packed, track, ordinary, width) for track in tracks.tolist()]
-        if cut:
-            firsts[0] = np.concatenate([firsts[0], first[quiet, :width]])
+        for k, first in enumerate(characters.first):
+            firsts[k] = np.concatenate([firsts[k], first[characters.calm, :width]])
         classes, column = _distinct_rows(np.concatenate(firsts, axis=1))
-        if len(states) * len(classes) <= 8 * CALM_BYTES:
+        if len(states) * len(classes) <= 8 * CALM_BYTES and len(classes) <= COLUMNS:
             break
     at, shift, num_steps = np.zeros(0, np.int32), 0, 0
     if single:
@@ -109,31 +108,80 @@ def synchronise(
     )
     # What `token_sync` says of a column: a word and a bit of it.
     of_column = np.arange(len(classes)) - num_steps
-    steps = (num_words + np.arange(num_steps + 1)) << 46 | STEP_BIT | 31 << 32
-    of_column = (of_column >> 5) << 46 | (of_column & 31) << 32
+    steps = (num_words + np.arange(num_steps + 1)) << 50 | STEP_BIT | 31 << 32
+    of_column = (of_column >> 5) << 50 | (of_column & 31) << 32
     of_column[:num_steps] = steps[:num_steps]
-    if single:
-        assert classes.max() < 0xFE  # what is not UTF-8 is in no pattern: 246 classes at most
-        of_column |= (classes[:, 0] + 1) << 38
     entries = (begin + row * size) | of_column[column]
     sync = tables.token_sync[policy]
     sync[:] = LOOK_CLOSER
     lengths = np.diff(tables.token_offsets[tables.track_mapping[tracks]])
     sync[(lengths == 0).all(axis=0) & (tables.token_special == 0)] = steps[num_steps]
     sync[ordinary] = entries[: len(ordinary)]
-    sync[(sync >= 0) & (tables.token_pending != 0)] |= UNFINISHED_BIT
-    characters = np.full((NUM_PREFIXES, 64), LOOK_CLOSER, np.int64)
-    if cut:
-        nothing = (found <= STATE_MASK) & (first[:, 0] < 0)
-        whole = np.where(nothing, steps[num_steps], LOOK_CLOSER)
-        whole[quiet] = entries[len(ordinary) :]
-        characters = continue_characters()
-        characters = np.where(characters < 0, characters, whole[characters])
+    numbers = number_prefixes(tables.token_pending)
+    sync[sync >= 0] |= numbers[sync >= 0] << 38
+    sync[numbers > NUM_PREFIXES] = LOOK_CLOSER
+    whole = np.full(len(characters.states), LOOK_CLOSER, np.int64)
+    whole[characters.nothing] = steps[num_steps]
+    whole[characters.calm] = entries[len(ordinary) :]
+    pages = np.full((1 + NUM_PREFIXES, NO_TAIL + 1), LOOK_CLOSER, np.int64)
+    if len(whole):
+        behind = continue_characters()
+        unfinished = np.where(behind < -1, steps[num_steps] | (-1 - behind) << 38, LOOK_CLOSER)
+        pages[1:, :NO_TAIL] = np.where(behind < 0, unfinished, whole[characters.which[behind]])
     at = np.where(at >= 0, (begin + at.astype(np.int64) * size) << 32, -1)
     if single:
         at = _with_borrowed_rows(tables, int(tracks[0]), failure, at, shift)
     shape = (num_words + num_steps + 1, 0, len(at), shift)
-    return Calm(rows.reshape(-1), at, characters, shape)
+    return Calm(rows.reshape(-1), at, pages, shape)
+
+
+@dataclass(frozen=True)
+class _Characters:
+    """What characters do to the tracks of a policy: each of those that differ once.
+
+    states   int64[num_kinds, num_tracks], bit 31 = it completes a match in the track.
+    first    int16[num_kinds, widest] a track: classes of its first mapped bytes, -1 = there is none.
+    which    int64[CHARACTERS]: the kind of each character.
+    calm, nothing  int64[]: kinds that complete nothing and are read as something in each track, and
+    as nothing in any.
+    """
+
+    states: np.ndarray
+    first: list[np.ndarray]
+    which: np.ndarray
+    calm: np.ndarray
+    nothing: np.ndarray
+
+
+def _distinct_characters(tables: Tables, packed: int, tracks: np.ndarray) -> _Characters:
+    """None if a track reads bytes: in the midst of a character it is not where the others are."""
+    widest, which = WIDTHS[0], np.zeros(CHARACTERS, np.int64)
+    if (
+        not len(tables.token_special)
+        or (tables.mapping_form[tables.track_mapping[tracks]] < 0).any()
+    ):
+        none = np.zeros(0, np.int64)
+        states = np.zeros((0, len(tracks)), np.int64)
+        return _Characters(
+            states, [np.zeros((0, widest), np.int16)] * len(tracks), none, none, none
+        )
+    walks = [walk_characters(packed, track, widest) for track in tracks.tolist()]
+    for found, classes in walks:
+        same, mine = _distinct_rows(np.column_stack([found, classes]))
+        which = np.unique(which * len(same) + mine, return_inverse=True)[1].reshape(-1)
+    one = np.zeros(which.max() + 1, np.int64)
+    one[which] = np.arange(CHARACTERS)
+    states = np.stack([found[one] for found, _ in walks], axis=1)
+    first = [classes[one] for _, classes in walks]
+    quiet = (states <= STATE_MASK).all(axis=1)
+    read = np.stack([classes[:, 0] >= 0 for classes in first], axis=1)
+    return _Characters(
+        states,
+        first,
+        which,
+        np.flatnonzero(quiet & read.all(axis=1)),
+        np.flatnonzero(quiet & ~read.any(axis=1)),
+    )
 
 
 def _with_shallow_states(

@@ -23,6 +23,7 @@ from streamguard_kernels.utf8 import (
     REPLACEMENT,
     map_character,
     map_tokens,
+    numbered_prefix,
     prefix_number,
     utf8_step,
 )
@@ -177,6 +178,9 @@ def test_every_beginning_of_a_character_has_a_number_of_its_own() -> None:
             pending = utf8_step.py_func(pending, byte)[0]
             number = prefix_number.py_func(pending)
             assert numbers.setdefault(data[: i + 1], number) == number >= 0
+            if number < NUM_PREFIXES:
+                assert numbered_prefix.py_func(number + 1) == pending
         assert (number < NUM_PREFIXES) == (code_point < CHARACTERS)
+    assert numbered_prefix.py_func(0) == 0
     known = [number for number in numbers.values() if number < NUM_PREFIXES]
     assert len(set(known)) == len(known) > 2_000
