@@ -23,11 +23,8 @@ from streamguard_kernels.advance import (
     LAST,
     SILENT,
     UNSEEN,
-    Slots,
     close_prompts,
     end_groups,
-    pack_slots,
-    settle,
     walk_kernel,
 )
 from streamguard_kernels.lookahead import (
@@ -40,10 +37,13 @@ from streamguard_kernels.lookahead import (
 )
 from streamguard_kernels.packing import address
 from streamguard_kernels.regex_masks import states_before_tokens
+from streamguard_kernels.slots import Slots, pack_slots, settle
 from streamguard_kernels.tables import pack_tables
 from streamguard_kernels.utf8 import MAX_MAPPED_BYTES
 
 _EVENTS = _ROWS = 4096
+#: Combinations of states that a session with policies of several tracks keeps; a power of two.
+_KEPT = 4096
 _INT64 = np.dtype(np.int64)  # the instance: numpy takes 0.2 µs to find it by its type
 
 
@@ -64,6 +64,7 @@ class Session:
         self._tables_at = address(self._packed)
         self._packed_ranges: dict[int, NDArray[np.int64]] = {}
         self._ranges_at: dict[int, int] = {}
+        kept = _KEPT if program.max_tracks > 2 else 0
         self._slots = Slots(
             policy=np.full(num_slots, -1, np.int64),
             plain=np.zeros(num_slots, np.uint8),
@@ -79,6 +80,10 @@ class Session:
             scratch=np.zeros(program.max_tracks, np.int64),
             row_last=np.zeros(_ROWS, np.uint8),
             best=np.zeros(_ROWS, np.int64),
+            memo_states=np.zeros((kept, program.max_tracks), np.uint32),
+            memo_places=np.zeros(2 * kept, np.int64),
+            memo_walks=np.zeros((8 * kept, 3), np.int64),
+            num_memo=np.zeros(2, np.int64),
         )
         # What a walk that completes nothing returns, and where the last other one of as many rows wrote:
         # to make an array takes as long as to walk forty rows.

@@ -24,7 +24,7 @@ from guard_cases import (
 from streamguard.compiler import shortcuts
 from streamguard.compiler.program import Program
 from streamguard.session import Session
-from streamguard_kernels.advance import BORROWED, EXCEPTIONS, INSIDE
+from streamguard_kernels.slots import BORROWED, EXCEPTIONS, INSIDE
 from streamguard_kernels.utf8 import numbered_prefix
 
 LITERALS = (
@@ -90,9 +90,9 @@ def compare(compiled: Program, rng: random.Random) -> tuple[int, int]:
             assert slow._slots.synced[0] == -1
             known = int(quick._slots.synced[0])
             # Not by `snapshot`, which writes down what is only noted.
-            pending = numbered_prefix((known & INSIDE) >> 16)
-            if known < 0:
-                pending = int(quick._slots.pending[0])
+            pending = int(quick._slots.pending[0])
+            if known != -1:
+                pending = numbered_prefix((known & INSIDE) >> 16)
             assert pending == slow._slots.pending[0], read
             num_known += known != -1
             inside = pending != 0

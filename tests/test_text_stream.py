@@ -58,6 +58,8 @@ class Reference:
 
     def __init__(self, one: Policy) -> None:
         self.rules = list(enumerate(one.rules))
+        # Beside others literals without forms are followed by characters as well.
+        self.in_bytes = all(Mapping(r.normalize, r.boundary).is_identity for r in one.rules)
         self.segment = b""
         self.base = self.released = 0
         self.known: set[tuple[int, int, int]] = set()
@@ -135,7 +137,7 @@ class Reference:
 
     def _live(self, what: Rule, text: list[tuple[str, int, int]]) -> list[int]:
         mapping = Mapping(what.normalize, what.boundary)
-        if mapping.is_identity:
+        if self.in_bytes:
             wanted = [literal.encode() for literal in what.literals]
             return [
                 i

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from streamguard_kernels.compiled import borrowing, compiled
-from streamguard_kernels.packing import pack, unpacker
+from streamguard_kernels.memo import remember, remembered
+from streamguard_kernels.slots import (
+    BORROWED,
+    DETOUR,
+    EXCEPTIONS,
+    INSIDE,
+    KEPT,
+    settle,
+    unpack_slots,
+)
 from streamguard_kernels.tables import (
     HIT_BIT,
     LOOK_CLOSER,
@@ -26,7 +33,6 @@ from streamguard_kernels.utf8 import (
     REPLACEMENT,
     SEPARATOR_BYTE,
     map_character,
-    numbered_prefix,
     prefix_number,
     utf8_step,
 )
@@ -35,61 +41,7 @@ from streamguard_kernels.utf8 import (
 UNSEEN, LAST = 1, 2
 #: Places in the `call` of `walk_kernel`, after the two addresses.
 COMMIT, ENDS, FIRST, SILENT = 2, 3, 4, 5
-#: In `Slots.synced`: the row is borrowed; two classes behind which it says nothing; 1 + the number of
-#: the unfinished character in which the slot stands, 0 = in none; any of these.
-BORROWED = np.int64(-1 << 63)
-EXCEPTIONS = 0xFFFF
-INSIDE = NUMBER_BITS << 16
-DETOUR = BORROWED | INSIDE
 # Constants are passed on as np.int64(…): numba compiles a function anew for every literal it gets.
-
-
-class Slots(NamedTuple):
-    """What changes while texts go on. `Session` owns it.
-
-    policy      int64[num_slots]              -1 = not guarded
-    plain       uint8[num_slots]              1 = guarded, and only special tokens end the text
-    hidden      uint8[num_slots]              1 = the reader does not see special tokens
-    end_tokens  int64[num_slots, num_ends]    tokens that end the slot's text; filled up with -1
-    end_bits    uint8[num_slots]              UNSEEN and LAST as they hold for such a token
-    state       int64[num_slots, max_tracks]  not up to date where the next says something; `settle`
-    synced      int64[num_slots]              what `calm_rows` says of the states: from bit 32 on a row
-                                              of `calm`; BORROWED = `state` holds; -1 = no row, `state`
-                                              holds. From bit 16 on the number of the unfinished
-                                              character, see INSIDE
-    pending     int64[num_slots]              unfinished character, see `utf8`; as `state`
-    events      int64[capacity, 2]            (row, rule) of every pattern that completed
-    num_events  int64[1]                      counts also those beyond the capacity
-    buffer      uint8[MAX_MAPPED_BYTES]       work space
-    scratch     int64[max_tracks]             work space
-    row_last    uint8[most_rows]              1 = the text ends after the row's token, whatever it is
-    best        int64[most_rows]              1 + the most severe rule that completed, 0 = none
-    """
-
-    policy: np.ndarray
-    plain: np.ndarray
-    hidden: np.ndarray
-    end_tokens: np.ndarray
-    end_bits: np.ndarray
-    state: np.ndarray
-    synced: np.ndarray
-    pending: np.ndarray
-    events: np.ndarray
-    num_events: np.ndarray
-    buffer: np.ndarray
-    scratch: np.ndarray
-    row_last: np.ndarray
-    best: np.ndarray
-
-
-_SLOTS = "l b b l b l l l l l b l b l"
-#: Makes packed slots a `Slots` of flat arrays again, within a kernel.
-unpack_slots = unpacker(Slots, _SLOTS)
-
-
-def pack_slots(slots):
-    """The addresses of a `Slots` whose own address kernels take: int64[14, 2]; see `pack`."""
-    return pack(slots, _SLOTS)
 
 
 @borrowing
@@ -217,23 +169,6 @@ def feed_end(packed, packed_slots, lo, hi, pending, best, row):
                 np.int64(1), best, row,
             )  # fmt: skip
     return best
-
-
-@borrowing
-def settle(packed, packed_slots, slot):
-    """Write down the states of a slot and its character, if `Slots.synced` stands for them."""
-    t, s = unpack_tables(packed), unpack_slots(packed_slots)
-    mine = np.uintp(slot)
-    known = s.synced[mine]
-    if known >= 0:
-        s.pending[mine] = numbered_prefix(known >> np.int64(16) & NUMBER_BITS)
-        p = np.uintp(s.policy[mine])
-        at = np.uintp(known >> np.int64(32)) + np.uintp(t.calm_shape[np.uintp(4) * p])
-        mine *= np.uintp(s.scratch.shape[0])
-        k, end = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
-        while k < end:
-            s.state[mine] = t.calm[at]
-            mine, at, k = mine + np.uintp(1), at + np.uintp(1), k + np.uintp(1)
 
 
 @borrowing
@@ -422,7 +357,8 @@ def _walk_inside(packed, packed_slots, slot, token, commit):
     """
     t, s = unpack_tables(packed), unpack_slots(packed_slots)
     lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
-    known, mine = s.synced[slot], slot * s.scratch.shape[0]
+    before, mine = s.synced[slot], slot * s.scratch.shape[0]
+    known = before if before >= 0 else np.int64(-1)
     for k in range(hi - lo):
         s.scratch[k] = s.state[mine + k]
     pending, hit = s.pending[slot], np.int64(0)
@@ -450,7 +386,8 @@ def _walk_inside(packed, packed_slots, slot, token, commit):
             if s.state[mine + k] != s.scratch[k]:
                 known = np.int64(-1)
             s.state[mine + k] = s.scratch[k]
-        s.synced[slot] = _known(packed, packed_slots, slot, known)
+        known = _known(packed, packed_slots, slot, known)
+        s.synced[slot] = remember(packed, packed_slots, slot, before, token, known)
     return True
 
 
@@ -511,8 +448,10 @@ def walk_kernel(call, slots, tokens):
                 here = t.token_sync[p * np.uintp(num_tokens) + token]
                 if here >= 0:
                     synced = _row_behind(packed, before, here)
-            elif before != -1:
+            elif before != -1 and before & EXCEPTIONS != KEPT:
                 synced = _careful(packed, p, before, token)
+            if synced == -1 and before != -1:
+                synced = remembered(packed_slots, before, token)
             if synced != -1:
                 if commit:
                     s.synced[slot] = synced
@@ -579,7 +518,8 @@ def walk_kernel(call, slots, tokens):
             if settled:
                 if commit:
                     s.pending[slot] = t.token_pending[token]
-                    s.synced[slot] = _known(packed, packed_slots, np.int64(slot), synced)
+                    synced = _known(packed, packed_slots, np.int64(slot), synced)
+                    s.synced[slot] = remember(packed, packed_slots, slot, before, token, synced)
                 s.best[row] = 0
                 continue
             while commit and track > lo:  # take it back

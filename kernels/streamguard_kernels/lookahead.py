@@ -13,16 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streamguard_kernels.advance import (
-    LAST,
-    UNSEEN,
-    feed_end,
-    feed_token,
-    settle,
-    unpack_slots,
-)
+from streamguard_kernels.advance import LAST, UNSEEN, feed_end, feed_token
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
+from streamguard_kernels.slots import settle, unpack_slots
 from streamguard_kernels.tables import (
     HIT_BIT,
     STATE_MASK,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamguard_kernels.advance import settle, unpack_slots
 from streamguard_kernels.compiled import borrowing, compiled
+from streamguard_kernels.slots import settle, unpack_slots
 from streamguard_kernels.tables import (
     HIT_BIT,
     STATE_MASK,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamguard_kernels.advance import EXCEPTIONS
 from streamguard_kernels.shortcuts import (
     continue_characters,
     find_calm,
@@ -15,6 +14,7 @@ from streamguard_kernels.shortcuts import (
     number_prefixes,
     walk_characters,
 )
+from streamguard_kernels.slots import EXCEPTIONS
 from streamguard_kernels.tables import (
     LOOK_CLOSER,
     NO_TAIL,
