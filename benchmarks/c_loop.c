@@ -71,22 +71,27 @@ int64_t advance(const struct loop *l, int64_t num_rows, const int64_t *slots, co
     *l->num_events = 0;
     for (int64_t row = 0; row < num_rows; row++) {
         int64_t slot = slots[row], token = tokens[row];
+        int64_t here = l->token_sync[token], before = l->synced[slot];
         best[row] = 0;
+        if ((uint32_t)before == 0 && here >= 0) {
+            uint32_t word = l->calm[(before >> 32) + (here >> 50)];
+            int64_t behind = (here >> 37 & 1 ? word : (uint32_t)here) & 0x7fffffff;
+            if (word >> (here >> 32 & 31) & 1) {
+                l->synced[slot] = behind << 32;
+                continue;
+            }
+        }
         if (l->policy[slot] < 0)
             continue;
         if (!l->plain[slot] || l->pending[slot])
             return -2;
-        int64_t here = l->token_sync[token], before = l->synced[slot];
         int64_t synced = here < 0 ? -1 : (here & 0x7fffffff) << 32;
-        int sound = here >= 0 && before != -1;
-        if (sound && before < 0) {
+        if (before < -1 && here >= 0) { /* a borrowed row */
             int64_t walk = l->token_walk[token], first = 1 + (walk >> 32);
-            sound = !(walk >> 31 & 1) && first != (before & 0xff) && first != (before >> 8 & 0xff);
-        }
-        if (sound) {
             uint32_t word = l->calm[((before & INT64_MAX) >> 32) + (here >> 50)];
             int64_t behind = (here >> 37 & 1 ? word : (uint32_t)here) & 0x7fffffff;
-            if (word >> (here >> 32 & 31) & 1) {
+            if (!(walk >> 31 & 1) && first != (before & 0xff) && first != (before >> 8 & 0xff)
+                && (word >> (here >> 32 & 31) & 1)) {
                 l->synced[slot] = behind << 32;
                 continue;
             }

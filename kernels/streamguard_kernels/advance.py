@@ -432,23 +432,39 @@ def walk_kernel(call, slots, tokens):
     if first == 0:
         s.num_events[0] = 0
     completed = np.int64(s.num_events[0] > 0)
-    for row in range(first, slots.shape[0]):
+    row, num_rows = np.uintp(first), np.uintp(slots.shape[0])
+    while row < num_rows:
+        # Nearly every row: an ordinary token within the text that completes nothing, behind states with
+        # a row in `calm`. A loop of its own, so that all it needs stays in registers.
+        while not ends_count:
+            slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
+            before = s.synced[slot]
+            if np.uint32(before) != 0:
+                break
+            here = t.token_sync[np.uintp(s.policy[slot]) * np.uintp(num_tokens) + token]
+            if here < 0:
+                break
+            synced = _row_behind(packed, before, here)
+            if synced == -1:
+                break
+            if commit:
+                s.synced[slot] = synced
+            s.best[row] = 0
+            row += np.uintp(1)
+            if row == num_rows:
+                return slots.shape[0] + completed
         slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
         mine = slot * np.uintp(max_tracks)
         if s.policy[slot] < 0:
             s.best[row] = 0
+            row += np.uintp(1)
             continue
-        # Nearly every row: an ordinary token within the text that completes nothing. What this part
-        # cannot settle, `_walk_row` does from the start.
+        # An ordinary token again. What this part cannot settle, `_walk_row` does from the start.
         before = s.synced[slot]
         settled = (before != -1 or s.plain[slot]) and not ends_count
         if settled:
             p, synced = np.uintp(s.policy[slot]), np.int64(-1)
-            if np.uint32(before) == 0:
-                here = t.token_sync[p * np.uintp(num_tokens) + token]
-                if here >= 0:
-                    synced = _row_behind(packed, before, here)
-            elif before != -1 and before & EXCEPTIONS != KEPT:
+            if np.uint32(before) != 0 and before != -1 and before & EXCEPTIONS != KEPT:
                 synced = _careful(packed, p, before, token)
             if synced == -1 and before != -1:
                 synced = remembered(packed_slots, before, token)
@@ -456,6 +472,7 @@ def walk_kernel(call, slots, tokens):
                 if commit:
                     s.synced[slot] = synced
                 s.best[row] = 0
+                row += np.uintp(1)
                 continue
             settle(packed, packed_slots, np.int64(slot))
             if s.pending[slot]:
@@ -463,6 +480,7 @@ def walk_kernel(call, slots, tokens):
                     packed, packed_slots, np.int64(slot), np.int64(token), commit
                 ):
                     s.best[row] = 0
+                    row += np.uintp(1)
                     continue
                 settled = False
         if settled:
@@ -471,9 +489,9 @@ def walk_kernel(call, slots, tokens):
             lo, hi = np.uintp(t.policy_tracks[p]), np.uintp(t.policy_tracks[p + np.uintp(1)])
             track, whole, last = lo, np.uint32(0), np.int64(-1)
             while track < hi:
-                first = s.state[mine + track - lo]
-                s.scratch[track - lo] = first
-                if first == last and t.track_twin[track]:  # the twins have met
+                start = s.state[mine + track - lo]
+                s.scratch[track - lo] = start
+                if start == last and t.track_twin[track]:  # the twins have met
                     if commit:
                         s.state[mine + track - lo] = whole
                     track += np.uintp(1)
@@ -485,7 +503,7 @@ def walk_kernel(call, slots, tokens):
                     break
                 root = np.uintp(t.track_base[track])
                 limit = np.uintp(t.track_limit[track])
-                state, last = np.uintp(first), first
+                state, last = np.uintp(start), start
                 class_ = np.uintp(known >> np.int64(32))
                 behind = t.trans[root + class_]
                 if state < limit:
@@ -521,6 +539,7 @@ def walk_kernel(call, slots, tokens):
                     synced = _known(packed, packed_slots, np.int64(slot), synced)
                     s.synced[slot] = remember(packed, packed_slots, slot, before, token, synced)
                 s.best[row] = 0
+                row += np.uintp(1)
                 continue
             while commit and track > lo:  # take it back
                 track -= np.uintp(1)
@@ -531,7 +550,7 @@ def walk_kernel(call, slots, tokens):
         pending, rule = _walk_row(packed, packed_slots, slots[row], tokens[row], ends, told)
         if 2 * s.num_events[0] > s.events.shape[0]:
             s.num_events[0] = events
-            return row
+            return np.int64(row)
         if commit:
             s.pending[slot] = pending
             for k in range(max_tracks):
@@ -539,4 +558,5 @@ def walk_kernel(call, slots, tokens):
             s.synced[slot] = _known(packed, packed_slots, np.int64(slot), np.int64(-1))
         s.best[row] = rule + 1
         completed |= np.int64(rule >= 0)
+        row += np.uintp(1)
     return slots.shape[0] + completed

@@ -181,8 +181,9 @@ def pack_tables(tables):
 def move(packed, track, state, class_):
     """Where a byte of a class leads from a state: an entry as in `Tables.trans`, uint32."""
     t = unpack_tables(packed)
-    if state < t.track_limit[track]:
-        return t.trans[state + class_]
+    # All of one kind: numba compares signed and unsigned integers as floating-point numbers.
+    if np.uintp(state) < np.uintp(t.track_limit[np.uintp(track)]):
+        return t.trans[np.uintp(state) + np.uintp(class_)]
     return move_cold(packed, np.int64(track), np.int64(state), np.int64(class_))
 
 
