@@ -16,7 +16,7 @@ import numpy as np
 from streamguard_kernels.advance import LAST, UNSEEN, feed_end, feed_token
 from streamguard_kernels.compiled import borrowing, compiled
 from streamguard_kernels.packing import pack, unpacker
-from streamguard_kernels.slots import settle, unpack_slots
+from streamguard_kernels.slots import INSIDE, settle, unpack_slots
 from streamguard_kernels.tables import (
     HIT_BIT,
     STATE_MASK,
@@ -425,16 +425,20 @@ def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logi
             return -1
     for k in range(rows.shape[0]):
         slot = slots[k]
-        if s.policy[slot] < 0 or masking[s.policy[slot]] == 0:
+        p = s.policy[slot]
+        if p < 0 or masking[p] == 0:
             continue
-        settle(packed, packed_slots, slot)
-        ordinary = s.plain[slot] and s.hidden[slot] and s.pending[slot] == 0
-        if not ordinary or masking[s.policy[slot]] == WALKED:
+        known = s.synced[slot]
+        in_row = known >= 0 and known & INSIDE == 0 and masking[p] == RANGES_SUFFICE
+        if not in_row:
+            settle(packed, packed_slots, slot)
+        ordinary = s.plain[slot] and s.hidden[slot] and (in_row or s.pending[slot] == 0)
+        if not ordinary or masking[p] == WALKED:
             left[num_left] = k
             num_left += 1
             continue
-        lo, hi = t.policy_tracks[s.policy[slot]], t.policy_tracks[s.policy[slot] + 1]
-        if masking[s.policy[slot]] == RANGES_AND_REGEXES:
+        lo, hi = t.policy_tracks[p], t.policy_tracks[p + 1]
+        if masking[p] == RANGES_AND_REGEXES:
             for track in range(lo, hi):
                 ordinary &= not is_quiet(
                     packed, track, s.state[slot * s.scratch.shape[0] + track - lo]
@@ -446,7 +450,11 @@ def apply_ranges(packed, packed_slots, packed_ranges, masking, rows, slots, logi
         row = logits[rows[k]]
         for track in range(lo, hi):
             order = t.track_mapping[track] * num_tokens
-            state = s.state[slot * s.scratch.shape[0] + track - lo]
+            if in_row:
+                place = (known >> 32) + t.calm_shape[4 * p]
+                state = np.int64(t.calm[np.uintp(place + track - lo)])
+            else:
+                state = s.state[slot * s.scratch.shape[0] + track - lo]
             index = state_number(packed, track, state)
             while index:
                 at = r.own_base[track] + index
