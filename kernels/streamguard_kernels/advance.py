@@ -399,7 +399,7 @@ def walk_kernel(call, slots, tokens):
     bytes fed, not the number of patterns. Mostly one byte is fed: a track that meets the walk of the
     same bytes from the root goes on as that does, and where that leads is in `token_walk`. And mostly
     all tracks do so, from where all of them were: one bit in `calm` says it, however many they are;
-    or the token is one byte, and `calm` says where that leads. A character that tokens cut in two is
+    or the token is a byte or two, and `calm` says where they lead. A character that tokens cut in two is
     looked up like a token when it is complete, and a state without a row in `calm` borrows one.
 
     call    int64[6]: the addresses of packed `Tables` and `Slots`; COMMIT: 1 = the slots go on behind

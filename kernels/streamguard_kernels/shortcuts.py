@@ -147,14 +147,21 @@ def find_calm(packed, track, states, classes):
 
 @compiled
 def find_steps(packed, track, states, classes):
-    """Where one class leads from each state: int64[num_rows, num_classes], -1 = it completes a match.
+    """Where classes lead from each state: int64[num_rows, num_columns], -1 = they complete a match.
 
-    states int64[num_rows]; classes int64[num_classes].
+    states int64[num_rows]; classes int64[num_columns, width]: read in turn, up to the first -1.
     """
     steps = np.full((states.shape[0], classes.shape[0]), -1, np.int64)
     for row in range(states.shape[0]):
         for column in range(classes.shape[0]):
-            entry = np.int64(move(packed, track, states[row], classes[column]))
-            if entry & HIT_BIT == 0:
-                steps[row, column] = entry
+            state = states[row]
+            for k in range(classes.shape[1]):
+                if classes[column, k] < 0:
+                    break
+                entry = np.int64(move(packed, track, state, classes[column, k]))
+                if entry & HIT_BIT:
+                    state = np.int64(-1)
+                    break
+                state = entry
+            steps[row, column] = state
     return steps

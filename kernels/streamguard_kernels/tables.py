@@ -82,8 +82,9 @@ class Tables(NamedTuple):
                                                 whether from there these lead all tracks where they
                                                 lead from the root, and complete nothing; then so does
                                                 all that follows. Then of a policy of one track (and
-                                                its twin) for each class the row behind it | bit 31,
-                                                or 0. Then the same of what maps to nothing: this row.
+                                                its twin) for each class, and some pairs of them, the
+                                                row behind it | bit 31, or 0. Then the same of what maps
+                                                to nothing: this row.
                                                 Then the states themselves, one a track
     calm_shape       int64[num_policies, 4]     where in a row of `calm` the states are; where the
                                                 policy begins in `calm_rows`, how many places it has

@@ -77,11 +77,12 @@ def synchronise(
             break
     at, shift, num_steps = np.zeros(0, np.int32), 0, 0
     if single:
-        if width > 1:  # what is one class long comes first
-            more = classes[:, 1] >= 0
-            order = np.argsort(more, kind="stable")
+        if width > 1:  # what says a row comes first
+            shrinks = tables.mapping_shrinks[tables.track_mapping[tracks[0]]] & 1
+            short = _are_steps(classes, column, passes_separators=bool(shrinks))
+            order = np.argsort(~short, kind="stable")
             classes, column = classes[order], np.argsort(order)[column]
-            num_steps = int((~more).sum())
+            num_steps = int(short.sum())
         states, at, shift = _with_shallow_states(tables, int(tracks[0]), states, len(classes))
     longer = len(classes) - num_steps
     bits = np.full((len(states), (longer + 31) // 32), 0xFFFFFFFF, np.uint32)
@@ -96,7 +97,7 @@ def synchronise(
     next_rows = np.zeros((len(states), num_steps + 1), np.int64)
     next_rows[:, num_steps] = HAS_ROW | begin + np.arange(len(states)) * size
     if num_steps:
-        behind = find_steps(packed, int(tracks[0]), states[:, 0], classes[:num_steps, 0].copy())
+        behind = find_steps(packed, int(tracks[0]), states[:, 0], classes[:num_steps])
         place = (behind - tables.track_base[tracks[0]]) >> shift
         known = (behind >= 0) & (place < len(at))
         index = at[np.where(known, place, 0)]
@@ -133,6 +134,20 @@ def synchronise(
         at = _with_borrowed_rows(tables, int(tracks[0]), failure, at, shift)
     shape = (num_words + num_steps + 1, 0, len(at), shift)
     return Calm(rows.reshape(-1), at, pages, shape)
+
+
+def _are_steps(classes: np.ndarray, column: np.ndarray, *, passes_separators: bool) -> np.ndarray:
+    """Columns of which a row says where they lead, not only whether that is where the root leads.
+
+    classes int64[num_columns, width >= 2]; column int64[]: of each token. All that are one class long;
+    where separators are passed over, so that a single letter continues what stood before it, those of
+    two too which begin as most tokens do, with a space.
+    """
+    short = classes[:, 1] < 0
+    if passes_separators and classes.shape[1] > 2:
+        first = np.bincount(classes[column, 0]).argmax()
+        short |= (classes[:, 2] < 0) & (classes[:, 0] == first)
+    return short
 
 
 @dataclass(frozen=True)
