@@ -198,8 +198,8 @@ class Session:
         """Commit one token per row; several rows may feed the same slot, in order.
 
         slots, token_ids  int[num_rows]. Returns int64[num_rows]: index + 1 of the most severe rule
-        that the token completed, 0 = none; it is not to be written to. Cost: about 30 ns a row at
-        batch 256; int64 arrays are not copied.
+        that the token completed, 0 = none; it is not to be written to. Cost: 11 to 20 ns a row
+        at batch 256; int64 arrays are not copied.
         Raises ShapeError for ids out of range or lengths that differ; nothing is committed then.
         """
         return self._walk(self._advance_call, slots, token_ids)

@@ -25,6 +25,7 @@ from streamguard.compiler import shortcuts
 from streamguard.compiler.program import Program
 from streamguard.session import Session
 from streamguard_kernels.slots import BORROWED, EXCEPTIONS, INSIDE
+from streamguard_kernels.tables import STEP_BIT
 from streamguard_kernels.utf8 import numbered_prefix
 
 LITERALS = (
@@ -38,7 +39,7 @@ CHARACTERS = sorted(
 TOKENS = tuple(
     dict.fromkeys(
         [
-            *PIECES, b"\xffb", b"\x80\x80", b"\xc3\xc3",
+            *PIECES, b"\xffb", b"\x80\x80", b"\xc3\xc3", b" b", b" m", b" o", b" z",
             *(
                 piece
                 for data in (character.encode() for character in CHARACTERS)
@@ -182,6 +183,16 @@ def test_what_rows_and_characters_promise_is_what_a_walk_gives(
                 behind, pending = one.snapshot(0)
                 ways.append((hits, behind.tolist(), pending))
             assert ways[0] == ways[1], (state, pieces)
+
+
+def test_with_separators_a_row_says_where_a_space_and_a_letter_lead() -> None:
+    """Behind "b" the token " o" continues "bo mb", so the bits alone would have it walked."""
+    kinds = []
+    for forms in (("case",), ("case", "separators")):
+        compiled = program(policy(rule("halt", *LITERALS, forms=forms)), VOCABULARY)
+        entries = compiled.tables.token_sync[0, [TOKEN[piece] for piece in (b" o", b" z")]]
+        kinds.append([bool(entry & STEP_BIT) for entry in entries.tolist() if entry >= 0])
+    assert kinds == [[False, False], [True, True]]
 
 
 def test_borrowed_rows_change_nothing_but_time(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:

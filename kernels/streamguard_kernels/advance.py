@@ -424,9 +424,9 @@ def walk_kernel(call, slots, tokens):
     if slots.shape[0] != tokens.shape[0] or slots.shape[0] > s.best.shape[0]:
         return -1
     wrong = False
-    for row in range(slots.shape[0]):  # without a branch: several rows at once
-        wrong |= (slots[row] < 0) | (slots[row] >= num_slots)
-        wrong |= (tokens[row] < lowest) | (tokens[row] >= num_tokens)
+    for k in range(slots.shape[0]):  # without a branch: several rows at once
+        wrong |= (slots[k] < 0) | (slots[k] >= num_slots)
+        wrong |= (tokens[k] < lowest) | (tokens[k] >= num_tokens)
     if wrong:
         return -1
     if first == 0:

@@ -22,7 +22,7 @@ from streamguard_kernels.tables import (
     STEP_BIT,
     Tables,
 )
-from streamguard_kernels.utf8 import CHARACTERS, NUM_PREFIXES
+from streamguard_kernels.utf8 import CHARACTERS, NUM_PREFIXES, SEPARATOR_BYTE
 
 #: Most bytes of `Tables.calm` a policy, and how many of a token's first bytes are looked at, if they fit.
 CALM_BYTES = 2 << 20
@@ -78,8 +78,7 @@ def synchronise(
     at, shift, num_steps = np.zeros(0, np.int32), 0, 0
     if single:
         if width > 1:  # what says a row comes first
-            shrinks = tables.mapping_shrinks[tables.track_mapping[tracks[0]]] & 1
-            short = _are_steps(classes, column, passes_separators=bool(shrinks))
+            short = _are_steps(tables, int(tracks[0]), classes)
             order = np.argsort(~short, kind="stable")
             classes, column = classes[order], np.argsort(order)[column]
             num_steps = int(short.sum())
@@ -136,17 +135,16 @@ def synchronise(
     return Calm(rows.reshape(-1), at, pages, shape)
 
 
-def _are_steps(classes: np.ndarray, column: np.ndarray, *, passes_separators: bool) -> np.ndarray:
+def _are_steps(tables: Tables, track: int, classes: np.ndarray) -> np.ndarray:
     """Columns of which a row says where they lead, not only whether that is where the root leads.
 
-    classes int64[num_columns, width >= 2]; column int64[]: of each token. All that are one class long;
-    where separators are passed over, so that a single letter continues what stood before it, those of
-    two too which begin as most tokens do, with a space.
+    classes int64[num_columns, width >= 2]. All that are one class long; and where separators are passed
+    over, so that a single letter continues what stood before it, a separator and one letter.
     """
-    short = classes[:, 1] < 0
-    if passes_separators and classes.shape[1] > 2:
-        first = np.bincount(classes[column, 0]).argmax()
-        short |= (classes[:, 2] < 0) & (classes[:, 0] == first)
+    short: np.ndarray = classes[:, 1] < 0
+    if classes.shape[1] > 2 and tables.mapping_shrinks[tables.track_mapping[track]] & 1:
+        separator = tables.class_of[track, SEPARATOR_BYTE]
+        short |= (classes[:, 0] == separator) & (classes[:, 2] < 0)
     return short
 
 

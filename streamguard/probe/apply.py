@@ -20,8 +20,8 @@ from streamguard.probe.items import HARMFUL, Item
 from streamguard.probe.measure import Measured, held_out, measure
 from streamguard.probe.model import ServedModel
 from streamguard.probe.pool import Pool, heads_of
-from streamguard.probe.prepare import FitOptions, prepare
-from streamguard.probe.texts import Text, encode, splices
+from streamguard.probe.prepare import FitOptions, judged_splices, prepare
+from streamguard.probe.texts import Text, encode
 from streamguard.probe.threshold import DEFAULT_CONFIDENCE, needed_benign
 
 #: Between a card's figures and those of the same texts read again: other batches round otherwise.
@@ -190,10 +190,8 @@ def _limits(card: Card) -> FitOptions:
 def _spliced(texts: list[Text], options: FitOptions) -> list[Text]:
     calm = [i for i, text in enumerate(texts) if not text.label]
     bad = [i for i, text in enumerate(texts) if text.label]
-    return splices(
-        texts, calm, bad, count=min(400, len(bad)), max_response=options.max_response,
-        rng=np.random.default_rng(options.seed), first=(64, 65), back=0.0, middle=0.0,
-    )  # fmt: skip
+    rng = np.random.default_rng(options.seed)
+    return judged_splices(texts, calm, bad, min(400, len(bad)), options, rng)
 
 
 def _scores(

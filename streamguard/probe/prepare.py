@@ -131,14 +131,36 @@ def _with_splices(
     """All texts, and for each part the numbers of the spliced ones made of its own texts."""
     every, made_of = list(texts), {}
     for name, chosen in part.items():
-        calm, bad = chosen[label[chosen] == 0], chosen[label[chosen] == 1]
-        judged = name in ("test", "held_out")
+        calm, bad = chosen[label[chosen] == 0].tolist(), chosen[label[chosen] == 1].tolist()
         count = 0 if options.stage == "prompt" else int(len(bad) * options.splice)
-        made = splices(
-            texts, calm.tolist(), bad.tolist(), count=min(count, 400) if judged else count,
-            max_response=options.max_response, rng=rng, first=(64, 65) if judged else (8, 97),
-            back=0.0 if judged else 0.25, middle=0.0 if judged else 0.5,
-        )  # fmt: skip
+        if name in ("test", "held_out"):
+            made = judged_splices(texts, calm, bad, min(count, 400), options, rng)
+        else:
+            made = splices(
+                texts, calm, bad, count=count, max_response=options.max_response, rng=rng
+            )
         made_of[name] = np.arange(len(every), len(every) + len(made), dtype=np.int64)
         every += made
     return every, made_of
+
+
+def judged_splices(
+    texts: list[Text],
+    calm: list[int],
+    bad: list[int],
+    count: int,
+    options: FitOptions,
+    rng: np.random.Generator,
+) -> list[Text]:
+    """Texts that turn harmful behind 64 benign tokens; then as many that turn to benign ones there.
+
+    Nothing is trained on the latter: a probe that takes fewer of their turns for harm takes fewer of
+    the others, too.
+    """
+    made: list[Text] = []
+    for others, drawing in ((bad, rng), (calm, np.random.default_rng([options.seed, len(calm)]))):
+        made += splices(
+            texts, calm, others, count=count, max_response=options.max_response, rng=drawing,
+            first=(64, 65), back=0.0, middle=0.0,
+        )  # fmt: skip
+    return made

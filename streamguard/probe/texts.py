@@ -22,7 +22,7 @@ class Text:
                       prompts, the prompt's (the response is empty then).
     item              number of the item that it is made of; of a splice, that of the harmful part.
     length            tokens of the whole response, those beyond the cut included.
-    onset             index of the first harmful token of a splice, -1 for a text as it came.
+    onset             where a splice goes over to another text, -1 for a text as it came.
     """
 
     prompt: NDArray[np.int64]
@@ -108,8 +108,9 @@ def splices(
     it; a share of `back` returns to the benign text, so that a probe reads the present rather than
     what came before.
 
-    benign, harmful  numbers of the texts to take from; first: least and most benign tokens (the
-                     second exclusive) before the onset.
+    benign, harmful  numbers of the texts to take from: those that are gone over to may be benign, too,
+                     and the onset is where another text begins then. first: least and most benign
+                     tokens (the second exclusive) before the onset.
     """
     made: list[Text] = []
     calm = [i for i in benign if len(texts[i].response) >= first[0] + 16]
