@@ -190,7 +190,7 @@ def measure(
         prepared.contestants,
         num_steps=prepared.num_steps,
         units_per_step=1,
-        steps_per_reading=max(1, 64 // batch),
+        steps_per_reading=max(16, 64 // batch),
         num_rounds=num_rounds,
     )
     return prepared, timings

@@ -44,7 +44,7 @@ from streamguard.compiler.vocabulary import Vocabulary
 ROOM = "vocabularies"
 SIZES = (49_152, 128_256, 262_144)
 LITERALS = (1_000, 10_000)
-BATCH, STEPS = 256, 200
+BATCH, STEPS = 256, 400
 MASK_STEPS, SNAPSHOTS = 32, 4
 _LEAD, _APART = 40, 7
 ADVANCE, MASK, XGRAMMAR = "Session.advance", "Session.apply_mask", "xgrammar"
@@ -206,7 +206,7 @@ def measure(ours: str, size: int, num_literals: int, num_rounds: int) -> dict[st
         prepared.contestants,
         num_steps=prepared.num_steps,
         units_per_step=prepared.units_per_step,
-        steps_per_reading=1,
+        steps_per_reading=16,
         num_rounds=num_rounds,
     )
 
