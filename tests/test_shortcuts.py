@@ -154,6 +154,46 @@ def test_regexes_beside_literals_find_the_same_without_shortcuts(seed: int) -> N
     assert inside > 20
 
 
+@pytest.mark.parametrize("share", [1.0, 0.25, 0.0], ids=["cut", "mixed", "whole"])
+def test_batches_of_cut_characters_find_the_same_without_shortcuts(share: float, seed: int) -> None:
+    """Where many rows are inside a character the kernel goes another way than where few are."""
+    rng = random.Random(seed)
+    num_slots, inside, hits = 48, 0, 0
+    for rules in ([rule("halt", *LITERALS, forms=("case",))], random_rules(rng, LITERALS, 4)):
+        compiled = program(policy(*rules), VOCABULARY)
+        quick, slow = Session(compiled, num_slots), Session(compiled, num_slots)
+        for one in (quick, slow):
+            for slot in range(num_slots):
+                one.reset(slot)
+        slow._slots.plain[:] = 0  # any token might end the text: each is walked from the start
+        streams = []
+        for _ in range(num_slots):
+            tokens: list[int] = []
+            while len(tokens) < 60:
+                data = rng.choice((*LITERALS, *CHARACTERS)).encode()
+                cut = rng.random() < share
+                pieces = [bytes([b]) for b in data] if cut else split_bytes(rng, data, set(TOKENS))
+                tokens += [TOKEN[piece] for piece in pieces]
+            streams.append(tokens)
+        for at in range(0, 60, 2):  # two tokens of each, in order
+            order = rng.sample(range(num_slots), num_slots)
+            tokens = [streams[slot][at + k] for k in (0, 1) for slot in order]
+            for one in (quick, slow):
+                one.peek(order, tokens[:num_slots])
+            seen = [one.advance([*order, *order], tokens).tolist() for one in (quick, slow)]
+            assert seen[0] == seen[1]
+            assert quick.events() == slow.events()
+            hits += sum(map(bool, seen[0]))
+            known = quick._slots.synced
+            inside += int(((known != -1) & (known & INSIDE != 0)).sum())
+        for slot in range(num_slots):
+            states, pending = quick.snapshot(slot)
+            assert states.tolist() == slow.snapshot(slot)[0].tolist()
+            assert pending == slow.snapshot(slot)[1]
+    assert hits > 100
+    assert inside > 2 * 30 * num_slots * share / 5
+
+
 @pytest.mark.parametrize("shallow", [shortcuts.SHALLOW_BYTES, 0], ids=["", "few rows"])
 def test_what_rows_and_characters_promise_is_what_a_walk_gives(
     shallow: int, monkeypatch: pytest.MonkeyPatch

@@ -323,6 +323,21 @@ def _unless_excepted(packed, p, known, token):
 
 
 @borrowing
+def _inside_or_not(packed, p, known, token):
+    """A token's entry in `token_sync`, or of `_continued` as far as one look-up tells, LOOK_CLOSER beyond.
+
+    known = what `Slots.synced` says before, not BORROWED. Without a branch; and the choice is written as
+    arithmetic, because LLVM makes branches of those between two words that are read. p, token: np.uintp.
+    """
+    t = unpack_tables(packed)
+    number = known >> np.int64(16) & NUMBER_BITS
+    page = np.uintp(t.character_page[p * np.uintp(NUM_PREFIXES + 1) + np.uintp(number)])
+    inside = t.character_sync[page + np.uintp(t.token_tail[token])]
+    here = t.token_sync[p * np.uintp(t.token_special.shape[0]) + token]
+    return here ^ (here ^ inside) & -number >> np.int64(63)
+
+
+@borrowing
 def _careful(packed, p, known, token):
     """`_row_behind` for a slot that is inside a character or has a borrowed row."""
     if known >= 0:
@@ -432,16 +447,35 @@ def walk_kernel(call, slots, tokens):
     if first == 0:
         s.num_events[0] = 0
     completed = np.int64(s.num_events[0] > 0)
+    inside, often_inside = np.uintp(0), False
     row, num_rows = np.uintp(first), np.uintp(slots.shape[0])
     while row < num_rows:
         # Nearly every row: an ordinary token within the text that completes nothing, behind states with
         # a row in `calm`. A loop of its own, so that all it needs stays in registers.
-        while not ends_count:
+        while not (ends_count or often_inside):
             slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
             before = s.synced[slot]
             if np.uint32(before) != 0:
                 break
             here = t.token_sync[np.uintp(s.policy[slot]) * np.uintp(num_tokens) + token]
+            if here < 0:
+                break
+            synced = _row_behind(packed, before, here)
+            if synced == -1:
+                break
+            if commit:
+                s.synced[slot] = synced
+            s.best[row] = 0
+            row += np.uintp(1)
+            if row == num_rows:
+                return slots.shape[0] + completed
+        # And where many rows are inside a character: each costs more, and none is a surprise.
+        while often_inside and not ends_count:
+            slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
+            before = s.synced[slot]
+            if np.uint16(before) != 0:  # borrowed, kept, or none
+                break
+            here = _inside_or_not(packed, np.uintp(s.policy[slot]), before, token)
             if here < 0:
                 break
             synced = _row_behind(packed, before, here)
@@ -466,6 +500,9 @@ def walk_kernel(call, slots, tokens):
             p, synced = np.uintp(s.policy[slot]), np.int64(-1)
             if np.uint32(before) != 0 and before != -1 and before & EXCEPTIONS != KEPT:
                 synced = _careful(packed, p, before, token)
+                inside += np.uintp(before >= 0)
+                if np.uintp(8) * inside > row + np.uintp(16):
+                    often_inside = True
             if synced == -1 and before != -1:
                 synced = remembered(packed_slots, before, token)
             if synced != -1:
