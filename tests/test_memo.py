@@ -9,6 +9,7 @@ from guard_cases import FORMS, policy, program, random_rules, rule, split_bytes
 from test_shortcuts import LITERALS, TOKEN, TOKENS, VOCABULARY, random_data
 
 from streamguard import session as sessions
+from streamguard.compiler import automaton
 from streamguard.compiler.program import Program
 from streamguard.session import Session
 from streamguard_kernels.slots import EXCEPTIONS, KEPT
@@ -92,3 +93,43 @@ def test_a_slot_that_is_free_is_left_alone_when_the_memo_is_emptied(
 def test_a_policy_of_one_track_keeps_nothing() -> None:
     one = Session(program(policy(rule("halt", "bomb")), VOCABULARY), 1)
     assert one._slots.memo_walks.size == 0
+
+
+def test_states_of_one_policy_are_not_taken_for_those_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Cold states count on behind a track's rows, so a long track's are called like the next one's."""
+    monkeypatch.setattr(automaton, "DENSE_BYTES", 0)
+    monkeypatch.setattr(automaton, "HOT_BYTES", 0)
+    rng = random.Random(0)
+    forms: tuple[tuple[str, ...], ...] = ((), ("case",), ("zero-width",))
+    short, long = "fedcba" * 3 + "x", "abcdefx" + "".join(rng.choice("abcdef") for _ in range(200))
+
+    def both(literal: str) -> Program:
+        found = [
+            policy(*(rule("halt", text, forms=each) for each in forms), name=name)
+            for text, name in ((literal, "default"), (short, "other"))
+        ]
+        return program(found, VOCABULARY)
+
+    deep = 3  # characters of the short one; the long one ends where its state has that one's name
+    tables = both(long[:60] + "x").tables
+    apart = int(tables.track_base[tables.policy_tracks[1]] - tables.track_base[0])
+    compiled = both(long[: apart + deep] + short[deep])
+    text = [TOKEN[bytes([byte])] for byte in (long[: apart + deep] + short[deep]).encode()]
+    other = [TOKEN[bytes([byte])] for byte in short[: deep + 1].encode()]
+    one = Session(compiled, 2)
+    one.reset(0, policy="other")
+    one.reset(1)
+    one.advance([0] * len(other), other)
+    assert not one.advance([1] * (len(text) - 1), text[:-1]).any()
+    slow = Session(compiled, 2)
+    slow.reset(1)
+    slow._slots.plain[1] = 0
+    slow.advance([1] * (len(text) - 1), text[:-1])
+    names = [each.snapshot(slot)[0].tolist() for each, slot in ((one, 0), (one, 1), (slow, 1))]
+    assert names[1] == names[2]
+    assert one.advance([1], [text[-1]]).tolist() == [1]
+    one.reset(0, policy="other")
+    one.advance([0] * deep, other[:-1])
+    assert one.snapshot(0)[0].tolist() == names[1]  # or this tests nothing

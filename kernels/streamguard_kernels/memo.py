@@ -40,16 +40,20 @@ def _find_walk(packed_slots, known, token):
 
 
 @borrowing
-def _find_states(packed_slots, first, num_tracks):
-    """The place in `memo_states` of `state[first:first + num_tracks]`, put there if need be."""
+def _find_states(packed_slots, slot, num_tracks):
+    """The place in `memo_states` of a slot's states, put there if need be."""
     s = unpack_slots(packed_slots)
+    mine = np.uintp(slot)
     last, max_tracks = np.uintp(s.memo_places.shape[0] - 1), np.uintp(s.scratch.shape[0])
-    hash_ = np.uint64(0)
+    # Cold states of one policy may be called like those of another.
+    first, whose = mine * max_tracks, s.policy[mine] << np.int64(32)
+    hash_ = _mixed(np.uint64(0), whose)
     for k in range(num_tracks):
         hash_ = _mixed(hash_, s.state[first + np.uintp(k)])
     at = np.uintp(hash_) & last
     while s.memo_places[at] != 0:
-        place, same = s.memo_places[at] - 1, True
+        place = (s.memo_places[at] & np.int64(0xFFFFFFFF)) - 1
+        same = s.memo_places[at] - place - 1 == whose
         for k in range(num_tracks):
             kept = s.memo_states[np.uintp(place) * max_tracks + np.uintp(k)]
             same &= np.int64(kept) == s.state[first + np.uintp(k)]
@@ -58,7 +62,7 @@ def _find_states(packed_slots, first, num_tracks):
         at = (at + np.uintp(1)) & last
     place = s.num_memo[0]
     s.num_memo[0] += 1
-    s.memo_places[at] = place + 1
+    s.memo_places[at] = whose | (place + 1)
     for k in range(num_tracks):
         kept = np.uint32(s.state[first + np.uintp(k)])
         s.memo_states[np.uintp(place) * max_tracks + np.uintp(k)] = kept
@@ -114,7 +118,7 @@ def remember(packed, packed_slots, slot, before, token, known):
         _forget(packed, packed_slots)
         before = np.int64(-1)
     if known == -1:
-        place = _find_states(packed_slots, mine * np.uintp(s.scratch.shape[0]), num_tracks)
+        place = _find_states(packed_slots, slot, num_tracks)
         known = BORROWED | place << np.int64(32) | number << np.int64(16) | KEPT
     if before != -1:
         at = _find_walk(packed_slots, before, np.int64(token))

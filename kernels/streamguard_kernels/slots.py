@@ -42,7 +42,8 @@ class Slots(NamedTuple):
     row_last    uint8[most_rows]              1 = the text ends after the row's token, whatever it is
     best        int64[most_rows]              1 + the most severe rule that completed, 0 = none
     memo_states uint32[most_kept * max_tracks]  see `memo`; no policy has several tracks: these are empty
-    memo_places int64[2 * most_kept]          by their hash 1 + the place of states, 0 = free
+    memo_places int64[2 * most_kept]          by their hash 1 + the place of states, 0 = free; from bit 32
+                                              on whose policy's they are
     memo_walks  int64[8 * most_kept, 3]       by the hash of the first two what `synced` said before a
                                               walk, 1 + the token, 0 = free, and what it says behind it
     num_memo    int64[2]                      how many states and walks there are

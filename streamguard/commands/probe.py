@@ -351,8 +351,8 @@ def _localisation(figures: dict[str, Any]) -> str:
                     else "none in time"
                 )
             )
-            turns = found.get("benign_turns", {})  # a card of before has none
-            if turns.get("texts"):
+            turns = found["benign_turns"]
+            if turns["texts"]:
                 lines.append(
                     f"{'':10} {turns['halted_behind']:.0%} of {turns['texts']} that turn to another "
                     f"benign text there are halted, too"

@@ -109,7 +109,8 @@ def splices(
     what came before.
 
     benign, harmful  numbers of the texts to take from: those that are gone over to may be benign, too,
-                     and the onset is where another text begins then. first: least and most benign
+                     and the onset is where another text begins then. count: how many are tried; a
+                     text does not go over to itself. first: least and most benign
                      tokens (the second exclusive) before the onset.
     """
     made: list[Text] = []
@@ -119,6 +120,8 @@ def splices(
         return made
     for _ in range(count):
         a, b = texts[calm[rng.integers(len(calm))]], texts[bad[rng.integers(len(bad))]]
+        if a is b:
+            continue  # no turn
         onset = int(rng.integers(first[0], min(first[1], len(a.response) - 8)))
         enter = 0
         if rng.random() < middle:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -44,7 +46,7 @@ def test_texts_turn_behind_64_benign_tokens_to_harm_and_as_many_to_another_benig
 
 
 def test_other_draws_are_what_they_were_without_the_benign_turns() -> None:
-    """A card of before is reproduced: what follows draws from the same place."""
+    """What is measured beside it changes nothing that is drawn later."""
     texts = plain(60)
     after = []
     for calm in (list(range(1, 60, 2)), []):
@@ -90,3 +92,52 @@ def test_without_texts_that_turn_there_is_nothing_to_say() -> None:
     scores = np.zeros(offsets[-1], np.float32)
     pool = Pool(calm, offsets, np.zeros((len(calm), 1), np.int8), ["a"] * len(calm), scores)
     assert localisation(pool, scores, RAW, np.empty(0, np.int64), np.arange(len(calm))) == {}
+
+
+def measured(
+    texts: list[Text], calm: list[int], bad: list[int]
+) -> tuple[list[Text], dict[str, Any]]:
+    """What is made of texts, and what is found where nothing is ever halted."""
+    made = judged_splices(texts, calm, bad, 40, FitOptions(), np.random.default_rng(0))
+    every = [*(texts[i] for i in calm), *made]
+    offsets = np.concatenate([[0], np.cumsum([len(text.response) for text in every])])
+    scores = np.zeros(offsets[-1], np.float32)
+    labels = np.array([[int(text.item in bad)] for text in every], np.int8)
+    pool = Pool(every, offsets.astype(np.int64), labels, ["a"] * len(every), scores)
+    numbers = np.arange(len(every))
+    return made, localisation(pool, scores, RAW, numbers[len(calm) :], numbers[: len(calm)])
+
+
+def test_short_harmful_texts_leave_nothing_to_measure() -> None:
+    texts = [*plain(60), *(Text(np.arange(5), np.full(20, 0), np.ones(20, bool), 60, 20),) * 9]
+    made, found = measured(texts, list(range(1, 60, 2)), list(range(60, 69)))
+    assert made
+    assert not any(text.label for text in made)
+    assert found == {}
+
+
+def test_harm_is_where_spans_say_and_a_text_cut_before_it_is_no_control() -> None:
+    calm = list(range(1, 60, 2))
+    texts = plain(60)
+    for item, begin in ((60, 30), (61, 110)):
+        harmful = np.zeros(200, bool)
+        harmful[begin : begin + 20] = True
+        texts.append(Text(np.arange(5), np.full(200, item), harmful, item, 200))
+    made, found = measured(texts, calm, [60, 61])
+    shown, cut = (sum(text.item == item for text in made) for item in (60, 61))
+    assert min(shown, cut) > 0
+    assert (found["texts"], found["benign_turns"]["texts"]) == (shown, len(made) - shown - cut)
+    assert not any(text.response[0] == text.response[ONSET] for text in made)
+    # An alarm at the turn is before the harm.
+    only = [text for text in made if text.item == 60]
+    every = [*(texts[i] for i in calm), *only]
+    offsets = np.concatenate([[0], np.cumsum([len(text.response) for text in every])])
+    scores = np.zeros(offsets[-1], np.float32)
+    for k, begin in enumerate(offsets[len(calm) : -1]):
+        scores[begin + ONSET + (40 if k else 0)] = 1.0
+    labels = np.array([[text.label] for text in every], np.int8)
+    pool = Pool(every, offsets.astype(np.int64), labels, ["a"] * len(every), scores)
+    numbers = np.arange(len(every))
+    found = localisation(pool, scores, RAW, numbers[len(calm) :], numbers[: len(calm)])
+    assert found["before_onset"] == pytest.approx(1 / len(only))
+    assert found["median_delay_tokens"] == 10
