@@ -469,7 +469,8 @@ def walk_kernel(call, slots, tokens):
             row += np.uintp(1)
             if row == num_rows:
                 return slots.shape[0] + completed
-        # And where many rows are inside a character: each costs more, and none is a surprise.
+        # And where many rows are inside a character: each costs more, and none is a surprise. Not one
+        # loop with a flag: it took a sixteenth longer, English too.
         while often_inside and not ends_count:
             slot, token = np.uintp(slots[row]), np.uintp(tokens[row])
             before = s.synced[slot]

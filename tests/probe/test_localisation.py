@@ -68,9 +68,8 @@ def test_catches_and_the_control_are_counted_apart(delay: int) -> None:
     texts = [*calm, *made]
     offsets = np.concatenate([[0], np.cumsum([len(text.response) for text in texts])])
     scores = np.zeros(offsets[-1], np.float32)
-    for i in range(
-        len(made)
-    ):  # of ten that turn harmful six are seen, one too soon; of the others two
+    # Of ten that turn harmful six are seen, one too soon; of the others two.
+    for i in range(len(made)):
         begin = offsets[len(calm) + i]
         if i < 6 or i in (10, 11):
             scores[begin + ONSET + delay] = 1.0
