@@ -32,6 +32,24 @@ def spliced() -> tuple[list[Text], list[Text]]:
     return [text for i, text in enumerate(texts) if i % 2], made
 
 
+def found_where(
+    calm: list[Text], made: list[Text], labels: list[int], alarms: dict[int, int]
+) -> dict[str, Any]:
+    """`localisation` of texts that halt at these tokens, by their place in `made`.
+
+    labels  of the items that they are made of.
+    """
+    every = [*calm, *made]
+    offsets = np.concatenate([[0], np.cumsum([len(text.response) for text in every])])
+    scores = np.zeros(offsets[-1], np.float32)
+    for place, token in alarms.items():
+        scores[offsets[len(calm) + place] + token] = 1.0
+    label = np.array([[0]] * len(calm) + [[each] for each in labels], np.int8)
+    pool = Pool(every, offsets.astype(np.int64), label, ["a"] * len(every), scores)
+    numbers = np.arange(len(every))
+    return localisation(pool, scores, RAW, numbers[len(calm) :], numbers[: len(calm)])
+
+
 def test_texts_turn_behind_64_benign_tokens_to_harm_and_as_many_to_another_benign_text() -> None:
     _, made = spliced()
     assert [text.label for text in made] == [1] * 10 + [0] * 10
@@ -65,19 +83,9 @@ def test_other_draws_are_what_they_were_without_the_benign_turns() -> None:
 @pytest.mark.parametrize("delay", [0, 7])
 def test_catches_and_the_control_are_counted_apart(delay: int) -> None:
     calm, made = spliced()
-    texts = [*calm, *made]
-    offsets = np.concatenate([[0], np.cumsum([len(text.response) for text in texts])])
-    scores = np.zeros(offsets[-1], np.float32)
     # Of ten that turn harmful six are seen, one too soon; of the others two.
-    for i in range(len(made)):
-        begin = offsets[len(calm) + i]
-        if i < 6 or i in (10, 11):
-            scores[begin + ONSET + delay] = 1.0
-        elif i == 6:
-            scores[begin + 3] = 1.0
-    labels = np.array([[text.label] for text in texts], np.int8)
-    pool = Pool(texts, offsets.astype(np.int64), labels, ["a"] * len(texts), scores)
-    found = localisation(pool, scores, RAW, np.arange(len(calm), len(texts)), np.arange(len(calm)))
+    alarms = dict.fromkeys((*range(6), 10, 11), ONSET + delay) | {6: 3}
+    found = found_where(calm, made, [text.label for text in made], alarms)
     assert (found["texts"], found["benign"]) == (10, len(calm))
     assert found["caught"] == pytest.approx(0.6)
     assert found["before_onset"] == pytest.approx(0.1)
@@ -86,57 +94,36 @@ def test_catches_and_the_control_are_counted_apart(delay: int) -> None:
 
 
 def test_without_texts_that_turn_there_is_nothing_to_say() -> None:
-    calm, _ = spliced()
-    offsets = np.arange(0, 120 * (len(calm) + 1), 120)
-    scores = np.zeros(offsets[-1], np.float32)
-    pool = Pool(calm, offsets, np.zeros((len(calm), 1), np.int8), ["a"] * len(calm), scores)
-    assert localisation(pool, scores, RAW, np.empty(0, np.int64), np.arange(len(calm))) == {}
-
-
-def measured(
-    texts: list[Text], calm: list[int], bad: list[int]
-) -> tuple[list[Text], dict[str, Any]]:
-    """What is made of texts, and what is found where nothing is ever halted."""
-    made = judged_splices(texts, calm, bad, 40, FitOptions(), np.random.default_rng(0))
-    every = [*(texts[i] for i in calm), *made]
-    offsets = np.concatenate([[0], np.cumsum([len(text.response) for text in every])])
-    scores = np.zeros(offsets[-1], np.float32)
-    labels = np.array([[int(text.item in bad)] for text in every], np.int8)
-    pool = Pool(every, offsets.astype(np.int64), labels, ["a"] * len(every), scores)
-    numbers = np.arange(len(every))
-    return made, localisation(pool, scores, RAW, numbers[len(calm) :], numbers[: len(calm)])
+    assert found_where(spliced()[0], [], [], {}) == {}
 
 
 def test_short_harmful_texts_leave_nothing_to_measure() -> None:
     texts = [*plain(60), *(Text(np.arange(5), np.full(20, 0), np.ones(20, bool), 60, 20),) * 9]
-    made, found = measured(texts, list(range(1, 60, 2)), list(range(60, 69)))
+    calm = list(range(1, 60, 2))
+    made = judged_splices(
+        texts, calm, list(range(60, 69)), 40, FitOptions(), np.random.default_rng(0)
+    )
     assert made
     assert not any(text.label for text in made)
-    assert found == {}
+    assert found_where([texts[i] for i in calm], made, [0] * len(made), {}) == {}
 
 
 def test_harm_is_where_spans_say_and_a_text_cut_before_it_is_no_control() -> None:
-    calm = list(range(1, 60, 2))
-    texts = plain(60)
+    texts, calm = plain(60), list(range(1, 60, 2))
     for item, begin in ((60, 30), (61, 110)):
         harmful = np.zeros(200, bool)
         harmful[begin : begin + 20] = True
         texts.append(Text(np.arange(5), np.full(200, item), harmful, item, 200))
-    made, found = measured(texts, calm, [60, 61])
-    shown, cut = (sum(text.item == item for text in made) for item in (60, 61))
-    assert min(shown, cut) > 0
-    assert (found["texts"], found["benign_turns"]["texts"]) == (shown, len(made) - shown - cut)
+    made = judged_splices(texts, calm, [60, 61], 40, FitOptions(), np.random.default_rng(0))
     assert not any(text.response[0] == text.response[ONSET] for text in made)
+    shown = [i for i, text in enumerate(made) if text.item == 60]
+    cut = [i for i, text in enumerate(made) if text.item == 61]
+    assert min(len(shown), len(cut)) > 0
     # An alarm at the turn is before the harm.
-    only = [text for text in made if text.item == 60]
-    every = [*(texts[i] for i in calm), *only]
-    offsets = np.concatenate([[0], np.cumsum([len(text.response) for text in every])])
-    scores = np.zeros(offsets[-1], np.float32)
-    for k, begin in enumerate(offsets[len(calm) : -1]):
-        scores[begin + ONSET + (40 if k else 0)] = 1.0
-    labels = np.array([[text.label] for text in every], np.int8)
-    pool = Pool(every, offsets.astype(np.int64), labels, ["a"] * len(every), scores)
-    numbers = np.arange(len(every))
-    found = localisation(pool, scores, RAW, numbers[len(calm) :], numbers[: len(calm)])
-    assert found["before_onset"] == pytest.approx(1 / len(only))
+    alarms = dict.fromkeys(shown, ONSET + 40) | {shown[0]: ONSET}
+    labels = [int(text.item >= 60) for text in made]
+    found = found_where([texts[i] for i in calm], made, labels, alarms)
+    assert found["texts"] == len(shown)
+    assert found["benign_turns"]["texts"] == len(made) - len(shown) - len(cut)
+    assert found["before_onset"] == pytest.approx(1 / len(shown))
     assert found["median_delay_tokens"] == 10
